@@ -1,0 +1,225 @@
+"""Configuration of InternVL-Chat: vision encoder, projector, language model and how images become tokens.
+
+Reads every released `config.json` of the original layout (1.5 to 3.5), including its dead keys; the language model's
+configuration is always one of transformers' own classes (InternLM2 excepted, which is a Llama subclass).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .configuration_intern_vit import InternVisionConfig, drop_dead_vision_keys
+from .configuration_internlm2 import InternLM2Config
+
+# Saved by the original code; each would either make a load fail where flash-attn is absent, or mislead the reader.
+_DEAD_LLM_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_name_or_path",
+    "auto_map",
+)
+_DEFAULT_LLM = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def language_model_type(llm_config: dict[str, Any]) -> str:
+    """Returns the transformers model type of an `llm_config` dictionary.
+
+    `architectures[0]` decides, as in the original; `model_type` settles which of several types share a class, and
+    stands in when no architecture is named.
+
+    Raises:
+        ValueError: neither names a causal language model that transformers knows.
+    """
+    architecture = (llm_config.get("architectures") or [""])[0]
+    model_type = llm_config.get("model_type", "")
+    if InternLM2Config.model_type in (architecture.removesuffix("ForCausalLM").lower(), model_type):
+        return InternLM2Config.model_type
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        not architecture or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == architecture
+    ):
+        return model_type
+    matches = [t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == architecture]
+    if matches:
+        stem = architecture.lower()
+        return max(matches, key=lambda t: (stem.startswith(t.replace("_", "")), len(t)))
+    if not architecture and model_type in CONFIG_MAPPING:
+        raise ValueError(f"llm_config.model_type {model_type!r} has no causal language model in transformers.")
+    raise ValueError(
+        f"llm_config names architecture {architecture!r} and model_type {model_type!r}, neither of which is a causal "
+        "language model of the installed transformers. Set llm_config['architectures'] to e.g. ['Qwen2ForCausalLM']."
+    )
+
+
+def modernise_llm_dict(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a released `llm_config` that transformers 5 accepts.
+
+    Drops dead keys and renames the rope type `"su"` (Phi-3) to `"longrope"`.
+    """
+    values = {k: copy.deepcopy(v) for k, v in values.items() if k not in _DEAD_LLM_KEYS}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key)
+        if isinstance(rope, dict) and "su" in (rope.get("type"), rope.get("rope_type")):
+            rope.update({name: "longrope" for name in ("type", "rope_type") if name in rope})
+    return values
+
+
+def build_llm_config(values: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    """Turns an `llm_config` (dictionary, configuration object or None for a default Qwen2) into a configuration object."""
+    if isinstance(values, PretrainedConfig):
+        return values
+    values = modernise_llm_dict(values or _DEFAULT_LLM)
+    model_type = language_model_type(values)
+    values.pop("model_type", None)
+    if model_type == InternLM2Config.model_type:
+        return InternLM2Config(**{**values, "architectures": ["InternLM2ForCausalLM"]})
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def build_vision_config(values: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    """Turns a `vision_config` (dictionary, configuration object or None for the defaults) into a configuration object."""
+    if isinstance(values, PretrainedConfig):
+        return values
+    values = drop_dead_vision_keys(values or {})
+    values.pop("model_type", None)
+    return InternVisionConfig(**{"architectures": ["InternVisionModel"], **values})
+
+
+def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as transformers 4 reads them; without them it falls back to theta 10000."""
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        dead = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings")
+        legacy["rope_scaling"] = {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k not in dead}}
+    return legacy
+
+
+class InternVLChatConfig(PretrainedConfig):
+    """Configuration of `InternVLChatModel`.
+
+    Fields keep the names of the original `configuration_internvl_chat.py`.
+
+    Args:
+        vision_config: Fields of `InternVisionConfig`.
+        llm_config: Fields of the language model's configuration; its class follows `architectures[0]` or `model_type`.
+        use_backbone_lora: LoRA rank stored inside the vision weights (0 in merged checkpoints).
+        use_llm_lora: LoRA rank stored inside the language weights (0 in merged checkpoints).
+        pad2square: Pad each tile to a square instead of stretching it.
+        select_layer: -1 for the encoder's last hidden state, otherwise an index into its hidden states (0 = embeddings).
+        force_image_size: Tile side in pixels; overrides `vision_config.image_size`.
+        downsample_ratio: Pixel-shuffle factor per axis; 0.5 turns 32x32 patches into 16x16 tokens.
+        template: Name of the conversation template in `conversation.py`.
+        dynamic_image_size, use_thumbnail, min_dynamic_patch, max_dynamic_patch: Tiling, see `InternVLImageProcessor`.
+        ps_version: Pixel-shuffle version: `"v2"` (releases) or `"v1"` (transposed output, early checkpoints).
+        img_context_token_id: Id of `<IMG_CONTEXT>`; saved so that a model works without asking a tokenizer.
+        system_message: Replaces the template's system text unless None (some released files say `null`).
+    """
+
+    model_type = "internvl_chat"
+    is_composition = True
+    sub_configs = {"vision_config": InternVisionConfig, "llm_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        llm_config: dict[str, Any] | PretrainedConfig | None = None,
+        use_backbone_lora: int = 0,
+        use_llm_lora: int = 0,
+        pad2square: bool = False,
+        select_layer: int = -1,
+        force_image_size: int | None = None,
+        downsample_ratio: float = 0.5,
+        template: str | None = None,
+        dynamic_image_size: bool = False,
+        use_thumbnail: bool = False,
+        ps_version: str = "v1",
+        min_dynamic_patch: int = 1,
+        max_dynamic_patch: int = 6,
+        img_context_token_id: int | None = None,
+        system_message: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ps_version not in ("v1", "v2"):
+            raise ValueError(f"ps_version must be 'v1' or 'v2', got {ps_version!r}.")
+        self.vision_config = build_vision_config(vision_config)
+        self.llm_config = build_llm_config(llm_config)
+        self.use_backbone_lora = use_backbone_lora
+        self.use_llm_lora = use_llm_lora
+        self.pad2square = pad2square
+        self.select_layer = select_layer
+        self.force_image_size = force_image_size
+        self.downsample_ratio = downsample_ratio
+        self.template = template
+        self.dynamic_image_size = dynamic_image_size
+        self.use_thumbnail = use_thumbnail
+        self.ps_version = ps_version
+        self.min_dynamic_patch = min_dynamic_patch
+        self.max_dynamic_patch = max_dynamic_patch
+        self.img_context_token_id = img_context_token_id
+        self.system_message = system_message
+        # Copies of the language model's fields (DeepSpeed reads hidden_size; heads are tied by llm_config alone).
+        kwargs.pop("hidden_size", None)
+        kwargs.pop("_name_or_path", None)
+        kwargs["tie_word_embeddings"] = bool(getattr(self.llm_config, "tie_word_embeddings", False))
+        self.hidden_size = self.llm_config.hidden_size
+        super().__init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Tile side in pixels."""
+        return self.force_image_size or self.vision_config.image_size
+
+    def tokens_per_tile(self, num_tiles: int) -> list[int]:
+        """Visual tokens of each of `num_tiles` tiles: the one owner of this count (256 each for 448/14/0.5)."""
+        patches = (self.image_size // self.vision_config.patch_size) ** 2
+        return [int(patches * self.downsample_ratio**2)] * num_tiles
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """Returns `llm_config`, which caches, context checks and trainers read."""
+        return self.llm_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class, plus what transformers 4 and other tools need to read the nested files correctly."""
+        output = super().to_dict()
+        if output.get("system_message") is None:  # the original code would put the word "None" into the prompt
+            output.pop("system_message", None)
+        llm = output["llm_config"]
+        if isinstance(llm, dict):
+            llm.update({k: v for k, v in _legacy_rope(llm.get("rope_parameters")).items() if k not in llm})
+        return output
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the base class; a caller's `attn_implementation` reaches both towers."""
+        config_dict = dict(config_dict)
+        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"):
+            config_dict.pop(key, None)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Reads `config.json`.
+
+        Raises:
+            ValueError: the folder holds another kind of checkpoint.
+        """
+        config_dict, _ = cls.get_config_dict(pretrained_model_name_or_path, **dict(kwargs))
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {found!r} checkpoint, not {cls.model_type!r}. Load it with "
+                "the class of its own format, or point to the original-layout repository."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+InternVLChatConfig.register_for_auto_class()

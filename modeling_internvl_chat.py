@@ -1,0 +1,528 @@
+"""InternVL-Chat: InternViT, pixel shuffle, an MLP projector and a causal language model of transformers.
+
+Parameters carry their on-disk names (`vision_model.*`, `mlp1.*`, `language_model.*` with the whole causal LM inside).
+Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_internvl.py`, the loss in `losses_internvl.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("5.9.0"):
+    raise ImportError(f"InternVL needs transformers >= 5.9.0, found {transformers.__version__}: pip install -U transformers")
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import is_flash_attn_2_available, logging
+
+from .chat_internvl import InternVLChatMixin
+from .configuration_internvl_chat import InternVLChatConfig
+from .losses_internvl import (
+    Targets,
+    head_cross_entropy_sum,
+    normalise_loss,
+    shift_targets,
+    weighted_cross_entropy_sum,
+)
+from .modeling_intern_vit import InternVisionModel
+from .modeling_internlm2 import InternLM2ForCausalLM
+
+logger = logging.get_logger(__name__)
+
+# Language models that do more to hidden states than one linear head: their logits must come from their own forward.
+_HEAD_MODIFIERS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+class VisualTokenMismatchError(ValueError):
+    """Context tokens in the prompt and visual features differ in number."""
+
+
+def pixel_shuffle(features: torch.Tensor, scale: float = 0.5, ps_version: str = "v2") -> torch.Tensor:
+    """Trades resolution for channels: (N, H, W, C) -> (N, H * scale, W * scale, C / scale**2).
+
+    An output vector concatenates its source cells with the row offset slow and the column offset fast. `"v1"`, of
+    early checkpoints, returns the same vectors with rows and columns of the map exchanged (original
+    `modeling_internvl_chat.py`).
+    """
+    n, height, width, channels = features.shape
+    features = features.reshape(n, height, int(width * scale), int(channels / scale))
+    features = features.permute(0, 2, 1, 3)
+    features = features.reshape(n, int(width * scale), int(height * scale), int(channels / scale**2))
+    return features.permute(0, 2, 1, 3).contiguous() if ps_version == "v2" else features.contiguous()
+
+
+def build_language_model(config: Any) -> PreTrainedModel:
+    """The causal language model of an `llm_config`; shares the configuration object with it."""
+    if config.model_type == "internlm2":
+        return InternLM2ForCausalLM(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+class HeadlessView:
+    """Callable view of a model without its output head, as trainers expect under `model.base_model`."""
+
+    def __init__(self, model: InternVLChatModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self._model.forward_hidden(*args, **kwargs)
+
+
+class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
+    """InternVL-Chat (1.1 to 3.5; original `modeling_internvl_chat.py`).
+
+    Args:
+        config: The configuration.
+        vision_model, language_model: Ready towers to compose instead of fresh ones.
+        use_flash_attn: As existing scripts pass it: True asks for FlashAttention 2 in both towers and, where it is
+            not available, says so and uses SDPA.
+    """
+
+    config_class = InternVLChatConfig
+    config: InternVLChatConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: InternVLChatConfig,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+        use_flash_attn: bool | None = None,
+    ) -> None:
+        if config.use_backbone_lora or config.use_llm_lora:
+            raise ValueError(
+                "This checkpoint stores LoRA adapters inside its weights (use_backbone_lora "
+                f"{config.use_backbone_lora}, use_llm_lora {config.use_llm_lora}). Merge them into the base weights "
+                "first and set both to 0."
+            )
+        if use_flash_attn:
+            _request_flash_attention(config)
+        super().__init__(config)
+        self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
+        self.language_model = build_language_model(config.llm_config) if language_model is None else language_model
+        self.mlp1 = self._build_projector(config)
+        self.select_layer = config.select_layer
+        self.template = config.template
+        self.downsample_ratio = config.downsample_ratio
+        self.ps_version = config.ps_version
+        self.num_image_token = config.tokens_per_tile(1)[0]
+        self._can_compile_fullgraph = getattr(self.language_model, "_can_compile_fullgraph", False)
+        self._init_chat()
+        self.post_init()
+
+    @staticmethod
+    def _build_projector(config: InternVLChatConfig) -> nn.Sequential:
+        width = config.vision_config.hidden_size * int(1 / config.downsample_ratio) ** 2
+        hidden = config.llm_config.hidden_size
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    # ---------------------------------------------------------------------------------------------- pieces of the model
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """Id of `<IMG_CONTEXT>`; assigning it, as existing scripts do, also stores it in the configuration."""
+        return self.config.img_context_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int | None) -> None:
+        self.config.img_context_token_id = value
+
+    @property
+    def base_model(self) -> HeadlessView:
+        """The model without its head: call it for a `last_hidden_state` (TRL computes losses on it)."""
+        return HeadlessView(self)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The language model's output head."""
+        return self.language_model.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's output head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's output head."""
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The language model without its head (it knows nothing of images; see `base_model`)."""
+        return self.language_model.get_decoder()
+
+    # --------------------------------------------------------------------------------------------------------- features
+
+    def pixel_shuffle(self, features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
+        """`pixel_shuffle` in this checkpoint's version."""
+        return pixel_shuffle(features, scale_factor, self.ps_version)
+
+    def _encode_tiles(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        self._check_pixel_values(pixel_values)
+        last_only = self.select_layer == -1
+        vision = self.vision_model(pixel_values=pixel_values, output_hidden_states=not last_only)
+        states = vision.last_hidden_state if last_only else vision.hidden_states[self.select_layer]
+        patches = states[:, 1:]
+        side = round(patches.shape[1] ** 0.5)
+        grid = self.pixel_shuffle(patches.reshape(patches.shape[0], side, side, -1), self.downsample_ratio)
+        projected = self.mlp1(grid.flatten(1, 2))
+        return BaseModelOutputWithPooling(last_hidden_state=vision.last_hidden_state, pooler_output=projected)
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        size, shape = self.config.image_size, tuple(getattr(pixel_values, "shape", ()))
+        if len(shape) != 4 or shape[-2:] != (size, size):
+            raise ValueError(
+                f"pixel_values has shape {shape}; expected (tiles, 3, {size}, {size}). Make it with the checkpoint's "
+                "InternVLImageProcessor; a single tile needs a leading dimension: pixel_values.unsqueeze(0)."
+            )
+
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual tokens of tiles.
+
+        Args:
+            pixel_values: (tiles, 3, S, S), normalised.
+
+        Returns:
+            (tiles, tokens per tile, hidden size of the language model).
+        """
+        return self._encode_tiles(pixel_values).pooler_output
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As in transformers: `pooler_output` holds `extract_feature(pixel_values)`, `last_hidden_state` the encoder's."""
+        return self._encode_tiles(pixel_values)
+
+    def embed_prompt(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token embeddings with visual features written over the context tokens, in order.
+
+        Args:
+            input_ids: (B, L).
+            pixel_values: (tiles, 3, S, S) of all images of the batch, in order of appearance.
+            visual_features: Features to use instead of encoding `pixel_values`: (tiles, tokens, D) or (tokens, D).
+            image_flags: (tiles,) or (tiles, 1): 0 marks a dummy tile whose features are not used.
+
+        Returns:
+            (B, L, D).
+
+        Raises:
+            VisualTokenMismatchError: context tokens and features differ in number.
+            ValueError: `img_context_token_id` is unknown though there are images.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        features = self.extract_feature(pixel_values) if visual_features is None and pixel_values is not None else visual_features
+        if features is not None:
+            features = self._flatten_features(features, image_flags).to(embeds)
+        mask = self._context_mask(input_ids, features)
+        if mask is None:
+            return embeds
+        return embeds.masked_scatter(mask.unsqueeze(-1).to(embeds.device), features)
+
+    @staticmethod
+    def _flatten_features(features: torch.Tensor, image_flags: torch.Tensor | None) -> torch.Tensor:
+        if image_flags is not None:
+            used = torch.as_tensor(image_flags, device=features.device).reshape(-1) == 1
+            if used.shape[0] != features.shape[0]:
+                raise ValueError(f"image_flags has {used.shape[0]} entries for {features.shape[0]} tiles.")
+            features = features[used]
+        return features.reshape(-1, features.shape[-1])
+
+    def _context_mask(self, input_ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor | None:
+        """Mask of context tokens, checked against the features; None where there is nothing to write."""
+        token = self.img_context_token_id
+        if token is None:
+            if features is not None:
+                raise ValueError(
+                    "img_context_token_id is unknown: set model.img_context_token_id = "
+                    "tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>'), or save it in the configuration."
+                )
+            return None
+        mask = input_ids == token
+        if not torch.compiler.is_compiling():  # a data-dependent check would break the graph
+            slots, rows = int(mask.sum()), 0 if features is None else features.shape[0]
+            if slots != rows:
+                raise VisualTokenMismatchError(
+                    f"The prompt has {slots} <IMG_CONTEXT> token(s) but there are {rows} visual feature(s). Each tile "
+                    f"takes {self.num_image_token}; was the prompt truncated, or are images or their placeholders missing?"
+                )
+        return None if features is None else mask
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def _inputs_embeds(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Any,
+        pixel_values: torch.Tensor | None,
+        visual_features: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        # After the prefill a context token is one that the model wrote itself: text like any other.
+        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+            return self.get_input_embeddings()(input_ids)
+        return self.embed_prompt(input_ids, pixel_values, visual_features, image_flags)
+
+    def forward_hidden(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        visual_features: torch.FloatTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_patches: Any = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """`forward` up to the last hidden state (B, L, D), before the output head; arguments as there."""
+        inputs_embeds = self._inputs_embeds(
+            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags
+        )
+        return self.language_model.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=self._use_cache(use_cache),
+            **kwargs,
+        )
+
+    def _use_cache(self, use_cache: bool | None) -> bool | None:
+        return False if use_cache is None and self.training else use_cache
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        statistics: Any = None,
+        loss_weight: torch.Tensor | Sequence | None = None,
+        loss_reduction_all_gather: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_features: torch.FloatTensor | None = None,
+        num_patches: Any = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Runs the model on a batch that mixes image and text rows as it likes.
+
+        Args:
+            pixel_values: (tiles, 3, S, S) of all images in order of appearance, or None.
+            input_ids: (B, L) with `<IMG_CONTEXT>` where visual tokens go.
+            attention_mask: (B, L).
+            position_ids: (B, L).
+            image_flags: (tiles,) or (tiles, 1); 0 marks a dummy tile, which runs through the encoder (so that its
+                parameters stay in the graph on text-only ranks) but is not used.
+            past_key_values: A cache; images belong to the prefill.
+            labels: (B, L), -100 where no loss is taken.
+            loss_weight: (B, L) weight of each label (`data`'s collator makes it); None for ones.
+            loss_reduction_all_gather: Average the normaliser over ranks.
+            statistics: Accepted as existing scripts pass it; not used.
+            inputs_embeds: (B, L, D) instead of `input_ids`.
+            visual_features: Ready features instead of `pixel_values`.
+            num_patches: Tiles per image, as the processor returns it; not needed here.
+            num_items_in_batch: Sum of label weights (without weights: number of labels) over the global batch, from
+                `Trainer`. The loss is then the sum over this batch divided by it.
+            logits_to_keep: Last positions (or indices) to compute logits for; 0 for all.
+            output_logits: Whether to return logits along with a loss. None: not while training, where only
+                supervised positions reach the head, in chunks.
+
+        Returns:
+            `loss` (sum of weight x cross-entropy / sum of weights), `logits` (B, L, V), `past_key_values`, ...
+
+        Raises:
+            VisualTokenMismatchError: context tokens and visual features differ in number.
+            ValueError: no supervised token, wrong shapes, or `loss_weight` with an unweighted `num_items_in_batch`.
+        """
+        inputs_embeds = self._inputs_embeds(
+            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags
+        )
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": self._use_cache(use_cache),
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            **kwargs,
+        }
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+        if labels is None:
+            outputs = self.language_model(**inputs, logits_to_keep=logits_to_keep)
+            return outputs if return_dict in (None, True) else outputs.to_tuple()
+        _check_loss_normaliser(loss_weight, num_items_in_batch)
+        targets = shift_targets(labels, loss_weight)
+        wants_logits = output_logits if output_logits is not None else not self.training
+        if wants_logits or self._head_is_modified():
+            outputs, loss_sum = self._loss_with_logits(inputs, targets, logits_to_keep)
+        else:
+            outputs, loss_sum = self._loss_without_logits(inputs, targets)
+        outputs.loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
+        return outputs if return_dict in (None, True) else outputs.to_tuple()
+
+    def _head_is_modified(self) -> bool:
+        text = self.config.get_text_config()
+        return any(getattr(text, name, None) not in (None, 1, 1.0) for name in _HEAD_MODIFIERS)
+
+    def _loss_with_logits(
+        self, inputs: dict[str, Any], targets: Targets, logits_to_keep: int | torch.Tensor
+    ) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
+        outputs = self.language_model(**inputs)
+        logits = outputs.logits
+        rows = targets.select(logits)
+        loss_sum = weighted_cross_entropy_sum(rows, targets.labels.to(rows.device), targets.weights.to(rows.device))
+        if isinstance(logits_to_keep, torch.Tensor):
+            outputs.logits = logits[:, logits_to_keep]
+        elif logits_to_keep:
+            outputs.logits = logits[:, -logits_to_keep:]
+        return outputs, loss_sum
+
+    def _loss_without_logits(
+        self, inputs: dict[str, Any], targets: Targets
+    ) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
+        hidden = self.language_model.get_decoder()(**inputs)
+        states = targets.select(hidden.last_hidden_state)
+        vocab_size = self.config.get_text_config().vocab_size
+        loss_sum = head_cross_entropy_sum(states, self.get_output_embeddings(), targets, vocab_size)
+        outputs = CausalLMOutputWithPast(
+            past_key_values=hidden.past_key_values,
+            hidden_states=hidden.hidden_states,
+            attentions=getattr(hidden, "attentions", None),
+        )
+        return outputs, loss_sum
+
+    # --------------------------------------------------------------------------------------------------------- generate
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visual_features: torch.FloatTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        num_patches: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as transformers' `generate` does.
+
+        With `input_ids` given the output starts with them, as for every transformers model (the original code returned
+        the new tokens only); with `inputs_embeds` alone it holds the new tokens. Beams and `num_return_sequences` see
+        the right images, which are encoded once.
+
+        Args:
+            inputs: Prompt ids (B, L), positional as in transformers; same as `input_ids`.
+            generation_config: A `GenerationConfig`.
+            pixel_values, visual_features, image_flags: As in `forward`.
+            num_patches: Accepted from the processor's output.
+            **kwargs: Any of transformers' generation arguments.
+
+        Raises:
+            VisualTokenMismatchError, ValueError: as in `forward`.
+        """
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is not None and input_ids.is_floating_point():
+            raise TypeError("The first argument of generate() is input_ids; pass images as pixel_values=...")
+        has_images = pixel_values is not None or visual_features is not None
+        if has_images and input_ids is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.embed_prompt(input_ids, pixel_values, visual_features, image_flags)
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        return super().generate(generation_config=generation_config, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; without a cache it keeps the prompt's embeddings, images included, at every step."""
+        if inputs_embeds is not None and past_key_values is None and not is_first_iteration:
+            generated = attention_mask.shape[1] - inputs_embeds.shape[1]
+            new = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] - generated :])
+            inputs_embeds = torch.cat([inputs_embeds, new.to(inputs_embeds)], dim=1)
+            is_first_iteration = True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+def _request_flash_attention(config: InternVLChatConfig) -> None:
+    if is_flash_attn_2_available():
+        config._attn_implementation = "flash_attention_2"
+    else:
+        logger.warning("use_flash_attn=True, but flash-attn is not usable here: using PyTorch's SDPA attention.")
+
+
+def _check_loss_normaliser(loss_weight: Any, num_items_in_batch: Any) -> None:
+    integral = isinstance(num_items_in_batch, int) or (
+        isinstance(num_items_in_batch, torch.Tensor) and not num_items_in_batch.is_floating_point()
+    )
+    if loss_weight is not None and integral:
+        raise ValueError(
+            "loss_weight was given, but num_items_in_batch counts tokens; it must be the sum of the weights over the "
+            "global batch. Train with InternVLTrainer, which computes it, or drop loss_weight."
+        )
+
+
+InternVLChatModel.register_for_auto_class("AutoModel")
