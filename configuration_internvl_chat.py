@@ -25,6 +25,13 @@ _DEAD_LLM_KEYS = (
     "_name_or_path",
     "auto_map",
 )
+# What every saved checkpoint offers. A released file names fewer classes, and code of its own repository.
+AUTO_MAP = {
+    "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+    "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+    "AutoModelForImageTextToText": "modeling_internvl_chat.InternVLChatModel",
+}
 _DEFAULT_LLM = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
@@ -170,6 +177,7 @@ class InternVLChatConfig(PretrainedConfig):
         kwargs.pop("hidden_size", None)
         kwargs.pop("_name_or_path", None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.llm_config, "tie_word_embeddings", False))
+        kwargs["auto_map"] = dict(AUTO_MAP)
         self.hidden_size = self.llm_config.hidden_size
         super().__init__(**kwargs)
 

@@ -1,0 +1,1 @@
+"""Worked examples: small programs that use the package from end to end."""
