@@ -51,7 +51,7 @@ class InternVLChatMixin:
         """A session to pass to every `chat` call of one conversation, so that no turn is computed twice."""
         return ChatSession(self)
 
-    # ------------------------------------------------------------------------------------------------------------- chat
+    # ------------------------------------------------------------------------------------------------------------ chat
 
     @torch.no_grad()
     def chat(
@@ -186,7 +186,7 @@ class InternVLChatMixin:
         return _stream(turn, generation_config, session or ChatSession(self))
 
 
-# ------------------------------------------------------------------------------------------------------------- one turn
+# ------------------------------------------------------------------------------------------------------------ one turn
 
 
 class _Turn:
@@ -299,7 +299,7 @@ def _sequences(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.sequences
 
 
-# --------------------------------------------------------------------------------------------------- generation options
+# -------------------------------------------------------------------------------------------------- generation options
 
 
 def _id_list(value: Any) -> list[int]:
@@ -348,7 +348,7 @@ def _cacheable(model: Any, options: dict[str, Any]) -> bool:
     return single and plain and _option(model, options, "use_cache") is not False
 
 
-# ---------------------------------------------------------------------------------------------------------------- batch
+# --------------------------------------------------------------------------------------------------------------- batch
 
 
 def _deal_images(
@@ -402,7 +402,7 @@ def _run_batch(
     return [turn.decode(new_ids) for turn, new_ids in zip(turns, output.tolist(), strict=True)]
 
 
-# -------------------------------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------------------------- streams
 
 
 class _AnswerStreamer(TextIteratorStreamer):

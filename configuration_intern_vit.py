@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Left over in released files from experiments that the published encoders do not use (all InternVL3 configs carry them).
+# Left over in released files from experiments; no published encoder uses them (all InternVL3 configs carry them).
 _DEAD_PREFIXES = ("moe_", "laux_")
 _DEAD_KEYS = frozenset(
-    "attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal _name_or_path "
-    "capacity_factor ep_size eval_capacity_factor noisy_gate_policy num_experts num_routed_experts "
+    "attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
+    "_name_or_path capacity_factor ep_size eval_capacity_factor noisy_gate_policy num_experts num_routed_experts "
     "num_shared_experts shared_expert_intermediate_size use_ema use_flash_attn use_moe use_residual use_rts "
     "use_weighted_residual".split()
 )
@@ -34,7 +34,7 @@ class InternVisionConfig(PretrainedConfig):
     Args:
         num_channels: Input channels.
         patch_size: Side of a square patch, in pixels.
-        image_size: Side of a square tile, in pixels. The position table has `1 + (image_size // patch_size) ** 2` rows.
+        image_size: Side of a square tile, in pixels; the position table has `1 + (image_size // patch_size)**2` rows.
         qkv_bias: Whether query, key and value projections have a bias (300M: yes, 6B: no).
         hidden_size: Width D.
         num_attention_heads: Heads; must divide `hidden_size`.
@@ -79,7 +79,9 @@ class InternVisionConfig(PretrainedConfig):
         if norm_type not in ("rms_norm", "layer_norm"):
             raise ValueError(f"norm_type must be 'rms_norm' or 'layer_norm', got {norm_type!r}.")
         if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}.")
+            raise ValueError(
+                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}."
+            )
         self.num_channels = num_channels
         self.patch_size = patch_size
         self.image_size = image_size

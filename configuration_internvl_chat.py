@@ -78,7 +78,7 @@ def modernise_llm_dict(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_llm_config(values: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
-    """Turns an `llm_config` (dictionary, configuration object or None for a default Qwen2) into a configuration object."""
+    """Makes a configuration object of an `llm_config` (dictionary, configuration object, None for a default Qwen2)."""
     if isinstance(values, PretrainedConfig):
         return values
     values = modernise_llm_dict(values or _DEFAULT_LLM)
@@ -91,7 +91,7 @@ def build_llm_config(values: dict[str, Any] | PretrainedConfig | None) -> Pretra
 
 
 def build_vision_config(values: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
-    """Turns a `vision_config` (dictionary, configuration object or None for the defaults) into a configuration object."""
+    """Makes a configuration object of a `vision_config` (dictionary, configuration object, None for defaults)."""
     if isinstance(values, PretrainedConfig):
         return values
     values = drop_dead_vision_keys(values or {})
@@ -105,7 +105,9 @@ def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
-        dead = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings")
+        dead = ["rope_theta", "rope_type", "type", "partial_rotary_factor"]
+        if rope["rope_type"] == "longrope":  # Phi-3 has it beside rope_scaling and allows three fields in it
+            dead.append("original_max_position_embeddings")
         legacy["rope_scaling"] = {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k not in dead}}
     return legacy
 
@@ -121,7 +123,7 @@ class InternVLChatConfig(PretrainedConfig):
         use_backbone_lora: LoRA rank stored inside the vision weights (0 in merged checkpoints).
         use_llm_lora: LoRA rank stored inside the language weights (0 in merged checkpoints).
         pad2square: Pad each tile to a square instead of stretching it.
-        select_layer: -1 for the encoder's last hidden state, otherwise an index into its hidden states (0 = embeddings).
+        select_layer: -1 for the encoder's last hidden state, else an index into its hidden states (0 = embeddings).
         force_image_size: Tile side in pixels; overrides `vision_config.image_size`.
         downsample_ratio: Pixel-shuffle factor per axis; 0.5 turns 32x32 patches into 16x16 tokens.
         template: Name of the conversation template in `conversation.py`.

@@ -13,15 +13,12 @@ from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
 
-_S1 = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
-)
-_S2 = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
-)
+_S1 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+_S2 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 _S3 = (
     "You are InternVL, a large language model trained by Shanghai AI Laboratory.\nKnowledge cutoff: 2024-06\n"
-    "Current date: 2025-08-06\n\nReasoning: low\n\n# Valid channels: final. Channel must be included for every message."
+    "Current date: 2025-08-06\n\nReasoning: low\n\n"
+    "# Valid channels: final. Channel must be included for every message."
 )
 
 
@@ -267,8 +264,8 @@ def get_template(name: str) -> ConversationTemplate:
     """
     if name not in _TEMPLATES:
         raise TemplateError(
-            f"Unknown conversation template {name!r}. Known: {', '.join(template_names())}. Set config.template to one "
-            "of them or add yours with register_conv_template()."
+            f"Unknown conversation template {name!r}. Known: {', '.join(template_names())}. Set config.template to "
+            "one of them or add yours with register_conv_template()."
         )
     return _TEMPLATES[name]
 
@@ -290,9 +287,9 @@ def conversation_from_messages(
     Args:
         template: The template.
         messages: Dictionaries with `role` (`system` first if present, `user`, `assistant`) and `content`: a string, or
-            a list of `{"type": "text", "text": ...}`, `{"type": "image", ...}` and `{"type": "video", "video": frames}`
-            parts. An image becomes a slot followed by a newline, a video one `Frame-i: ` line per frame. Text is text:
-            a literal `<image>` in it is no slot.
+            a list of `{"type": "text", "text": ...}`, `{"type": "image", ...}` and
+            `{"type": "video", "video": frames}` parts. An image becomes a slot followed by a newline, a video one
+            `Frame-i: ` line per frame. Text is text: a literal `<image>` in it is no slot.
         system_message: Used where `messages` has no system turn; None for the template's own.
         add_generation_prompt: End with the assistant header.
 
@@ -350,7 +347,9 @@ def video_frames(part: dict[str, Any]) -> list[Any]:
     """
     frames = part.get("video", part.get("frames"))
     if not isinstance(frames, (list, tuple)) or not frames:
-        raise TemplateError("A video part needs its frames as a non-empty list: {'type': 'video', 'video': [image, ...]}.")
+        raise TemplateError(
+            "A video part needs its frames as a non-empty list: {'type': 'video', 'video': [image, ...]}."
+        )
     return list(frames)
 
 

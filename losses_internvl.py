@@ -24,7 +24,7 @@ def length_to_weight(count: int, reduction: str) -> float:
 
     Args:
         count: Labels of the sample that are not -100, counted before the shift.
-        reduction: `"token"`, `"sample"` or `"square"` (InternVL 2.5 report, arXiv 2412.05271, section on square averaging).
+        reduction: `"token"`, `"sample"` or `"square"` (InternVL 2.5 report, arXiv 2412.05271, square averaging).
 
     Raises:
         ValueError: unknown reduction.

@@ -41,7 +41,7 @@ class InternRMSNorm(nn.Module):
 
 
 class InternLayerNorm(nn.LayerNorm):
-    """Layer norm that runs in float32 whenever its weights and its input differ in dtype (fp16 keeps norms in float32)."""
+    """Layer norm that runs in float32 where its weights and input differ in dtype (fp16 keeps norms in float32)."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype == self.weight.dtype:
@@ -126,7 +126,7 @@ class InternVisionEmbeddings(nn.Module):
 
 
 class InternVisionAttention(nn.Module):
-    """Multi-head self-attention with one fused projection; the 6B flavour RMS-normalises q and k over the whole width."""
+    """Self-attention with one fused projection; the 6B flavour RMS-normalises q and k over the whole width."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -194,7 +194,9 @@ class InternVisionEncoderLayer(GradientCheckpointingLayer):
         self.drop_path1 = InternDropPath(drop_path_rate)
         self.drop_path2 = InternDropPath(drop_path_rate)
 
-    def _branch(self, hidden_states: torch.Tensor, norm: nn.Module, body: nn.Module, scale: nn.Parameter) -> torch.Tensor:
+    def _branch(
+        self, hidden_states: torch.Tensor, norm: nn.Module, body: nn.Module, scale: nn.Parameter
+    ) -> torch.Tensor:
         # Under fp16 the residual stream stays in float32 while the branches compute in fp16.
         output = body(norm(hidden_states).to(scale.dtype))
         return output.to(hidden_states.dtype) * scale.to(hidden_states.dtype)
@@ -207,7 +209,7 @@ class InternVisionEncoderLayer(GradientCheckpointingLayer):
 
 
 def drop_path_rates(rate: float, layers: int) -> list[float]:
-    """Stochastic-depth rates growing linearly from 0 to `rate`; plain floats, since models are built on the meta device."""
+    """Stochastic-depth rates from 0 to `rate`, linear; plain floats, since models are built on the meta device."""
     return [rate * i / max(layers - 1, 1) for i in range(layers)]
 
 
@@ -321,7 +323,7 @@ class InternVisionModel(PreTrainedModel):
             pixel_embeds: (tiles, 1 + patches, D) already embedded tiles, instead of `pixel_values`.
 
         Returns:
-            `last_hidden_state` (tiles, 1 + patches, D), class token first; `pooler_output` (tiles, D), the class token.
+            `last_hidden_state` (tiles, 1 + patches, D), class token first; `pooler_output` (tiles, D), that token.
 
         Raises:
             ValueError: neither or both inputs, or pixels of the wrong rank or size.

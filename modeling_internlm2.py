@@ -1,7 +1,7 @@
 """InternLM2 and InternLM2.5: Llama with other weight names and one fused projection per layer.
 
 The class adds nothing to Llama's computation; a reversible conversion, registered under the class name, translates the
-weights when loading and back when saving. So packing, every attention backend, caches and quantisation come from Llama.
+weights when loading and back when saving. Packing, attention backends, caches and quantisation come from Llama.
 """
 
 from __future__ import annotations

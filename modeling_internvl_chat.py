@@ -1,7 +1,8 @@
 """InternVL-Chat: InternViT, pixel shuffle, an MLP projector and a causal language model of transformers.
 
 Parameters carry their on-disk names (`vision_model.*`, `mlp1.*`, `language_model.*` with the whole causal LM inside).
-Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_internvl.py`, the loss in `losses_internvl.py`.
+Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_internvl.py`, the loss in
+`losses_internvl.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import transformers
 from packaging.version import Version
 
 if Version(transformers.__version__) < Version("5.9.0"):
-    raise ImportError(f"InternVL needs transformers >= 5.9.0, found {transformers.__version__}: pip install -U transformers")
+    raise ImportError(
+        f"InternVL needs transformers >= 5.9.0, found {transformers.__version__}: pip install -U transformers"
+    )
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available, logging
 
 from .chat_internvl import InternVLChatMixin
@@ -41,7 +44,13 @@ from .modeling_internlm2 import InternLM2ForCausalLM
 logger = logging.get_logger(__name__)
 
 # Language models that do more to hidden states than one linear head: their logits must come from their own forward.
-_HEAD_MODIFIERS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_HEAD_MODIFIERS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 class VisualTokenMismatchError(ValueError):
@@ -138,7 +147,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         hidden = config.llm_config.hidden_size
         return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
-    # ---------------------------------------------------------------------------------------------- pieces of the model
+    # --------------------------------------------------------------------------------------------- pieces of the model
 
     @property
     def img_context_token_id(self) -> int | None:
@@ -179,7 +188,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         """The language model without its head (it knows nothing of images; see `base_model`)."""
         return self.language_model.get_decoder()
 
-    # --------------------------------------------------------------------------------------------------------- features
+    # -------------------------------------------------------------------------------------------------------- features
 
     def pixel_shuffle(self, features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
         """`pixel_shuffle` in this checkpoint's version."""
@@ -216,7 +225,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         return self._encode_tiles(pixel_values).pooler_output
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """As in transformers: `pooler_output` holds `extract_feature(pixel_values)`, `last_hidden_state` the encoder's."""
+        """As in transformers: `pooler_output` is `extract_feature(pixel_values)`, `last_hidden_state` the tower's."""
         return self._encode_tiles(pixel_values)
 
     def embed_prompt(
@@ -242,7 +251,11 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             ValueError: `img_context_token_id` is unknown though there are images.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        features = self.extract_feature(pixel_values) if visual_features is None and pixel_values is not None else visual_features
+        features = (
+            self.extract_feature(pixel_values)
+            if visual_features is None and pixel_values is not None
+            else visual_features
+        )
         if features is not None:
             features = self._flatten_features(features, image_flags).to(embeds)
         mask = self._context_mask(input_ids, features)
@@ -275,11 +288,11 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             if slots != rows:
                 raise VisualTokenMismatchError(
                     f"The prompt has {slots} <IMG_CONTEXT> token(s) but there are {rows} visual feature(s). Each tile "
-                    f"takes {self.num_image_token}; was the prompt truncated, or are images or their placeholders missing?"
+                    f"takes {self.num_image_token}. Was the prompt truncated, or are images or placeholders missing?"
                 )
         return None if features is None else mask
 
-    # ---------------------------------------------------------------------------------------------------------- forward
+    # --------------------------------------------------------------------------------------------------------- forward
 
     def _inputs_embeds(
         self,
@@ -441,7 +454,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         )
         return outputs, loss_sum
 
-    # --------------------------------------------------------------------------------------------------------- generate
+    # -------------------------------------------------------------------------------------------------------- generate
 
     @torch.no_grad()
     def generate(

@@ -112,7 +112,7 @@ class InternVLProcessor(ProcessorMixin):
         """Keys of the output."""
         return ["input_ids", "attention_mask", "pixel_values", "num_patches"]
 
-    # ------------------------------------------------------------------------------------------------------ trusted text
+    # ---------------------------------------------------------------------------------------------------- trusted text
 
     def __call__(
         self,
@@ -175,7 +175,7 @@ class InternVLProcessor(ProcessorMixin):
             rows.append(row)
         return rows
 
-    # ---------------------------------------------------------------------------------------------------------- messages
+    # -------------------------------------------------------------------------------------------------------- messages
 
     def apply_chat_template(
         self,
@@ -241,7 +241,7 @@ class InternVLProcessor(ProcessorMixin):
         output = self._encode_rows(rows, single, text_options, image_options, return_assistant_tokens_mask)
         return output if return_dict else output["input_ids"]
 
-    # ----------------------------------------------------------------------------------------------------------- encoding
+    # -------------------------------------------------------------------------------------------------------- encoding
 
     def tokens_per_tile(self, num_tiles: int) -> list[int]:
         """Visual tokens of each of `num_tiles` tiles, as `InternVLChatConfig.tokens_per_tile`."""

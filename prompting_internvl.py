@@ -58,8 +58,8 @@ def check_image_count(placeholders: int, images: int, where: str = "the conversa
     """Raises `ImageCountError`, naming both numbers, unless they agree."""
     if placeholders != images:
         raise ImageCountError(
-            f"{where} has {placeholders} {IMAGE_PLACEHOLDER} placeholder(s) but {images} image(s) were given. Write one "
-            f"{IMAGE_PLACEHOLDER} per image, and one num_patches_list entry per image (its number of tiles)."
+            f"{where} has {placeholders} {IMAGE_PLACEHOLDER} placeholder(s) but {images} image(s) were given. Write "
+            f"one {IMAGE_PLACEHOLDER} per image, and one num_patches_list entry per image (its number of tiles)."
         )
 
 
@@ -184,8 +184,8 @@ class PromptEncoder:
         if image_lengths and any(self.token_id(token) is None for token in self.image_tokens):
             missing = [token for token in self.image_tokens if self.token_id(token) is None]
             raise TokenizerError(
-                f"The tokenizer has no {', '.join(missing)}. Use the tokenizer saved with the checkpoint, or add them: "
-                f"tokenizer.add_special_tokens({{'extra_special_tokens': {missing}}}) and resize the embeddings."
+                f"The tokenizer has no {', '.join(missing)}. Use the tokenizer saved with the checkpoint, or add "
+                f"them: tokenizer.add_special_tokens({{'extra_special_tokens': {missing}}}) and resize the embeddings."
             )
 
     def _expand(self, ids: list[int], supervised: list[bool], image_lengths: Sequence[int]) -> EncodedPrompt:

@@ -1,7 +1,7 @@
 """What one conversation can keep between turns: visual features and the key/value cache of its common prefix.
 
-A `ChatSession` never decides what the prompt is: it is shown each turn's freshly tokenised prompt and keeps the longest
-prefix that equals what it has cached. So greedy tokens equal those of recomputing, whatever the caller edits.
+A `ChatSession` never decides what the prompt is: it is shown each turn's freshly tokenised prompt and keeps the
+longest prefix that equals what it has cached. So greedy tokens equal those of recomputing, whatever the caller edits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def _rope_limit(config: Any) -> tuple[str, int] | None:
     for r in kinds:
         kind = r.get("rope_type")
         if kind in ("dynamic", "longrope"):
-            limit = r.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            limit = r.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
             return kind, int(limit or text.max_position_embeddings)
     return None
 
@@ -67,7 +69,7 @@ class ChatSession:
         self._keys: list[int] = []
         self._long = False
 
-    # --------------------------------------------------------------------------------------------------------- features
+    # -------------------------------------------------------------------------------------------------------- features
 
     def encode_images(self, pixel_values: torch.Tensor | None, num_patches_list: Sequence[int]) -> list[bytes]:
         """Makes sure that every image's features are at hand; forgets those of images no longer in the conversation.
@@ -96,11 +98,11 @@ class ChatSession:
             return None
         return torch.cat([self._features[digest].flatten(0, 1) for digest in digests])
 
-    # ------------------------------------------------------------------------------------------------------------ cache
+    # ----------------------------------------------------------------------------------------------------------- cache
 
     @staticmethod
     def prompt_keys(prompt: EncodedPrompt, digests: Sequence[bytes]) -> list[int]:
-        """Ids with visual positions replaced by (negative) names of image and offset, so that only like matches like."""
+        """Ids, visual positions replaced by (negative) names of image and offset, so that only like matches like."""
         keys = list(prompt.input_ids)
         for span, digest in zip(prompt.spans, digests, strict=True):
             base = int.from_bytes(digest, "big") << 32
@@ -110,7 +112,7 @@ class ChatSession:
     def cache_for(self, keys: list[int]) -> DynamicCache:
         """A cache holding the longest usable prefix of `keys`; generation fills it up.
 
-        Until `commit` the session itself remembers nothing of it, so that an interrupted turn leaves no half-known state.
+        Until `commit` the session remembers nothing of it, so that an interrupted turn leaves no half-known state.
         """
         cache, common = self._cache, self._common_prefix(keys)
         self._drop_cache()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-# -------------------------------------------------------------------------------------------------- InternLM2 <-> Llama
+# ------------------------------------------------------------------------------------------------- InternLM2 <-> Llama
 
 
 def split_wqkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,9 +33,7 @@ def split_wqkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Te
     return query.flatten(0, 2).contiguous(), key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()
 
 
-def fuse_wqkv(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int
-) -> torch.Tensor:
+def fuse_wqkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
     """The inverse of `split_wqkv`."""
     group, rest = heads // kv_heads, query.shape[1:]
     parts = [query.reshape(kv_heads, group, -1, *rest)]
@@ -130,7 +128,7 @@ def internlm2_to_llama(state_dict: dict[str, torch.Tensor], heads: int, kv_heads
     return output
 
 
-# ------------------------------------------------------------------------------ original <-> transformers' InternVL keys
+# ---------------------------------------------------------------------------- original <-> transformers' InternVL keys
 
 _NATIVE_RENAMINGS = (
     (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),

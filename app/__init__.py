@@ -1,0 +1,1 @@
+"""Programs for people: the demo and, later, the command line."""

@@ -1,0 +1,552 @@
+"""Gather a checkpoint and the code that runs it into one self-contained folder, check it, and publish it on the Hub.
+
+The code is the import closure of the files that ``auto_map`` names, copied byte for byte; the rest is an allow-list
+(weights, tokenizer, configurations, chat template, licence, model card), so that optimizer states, logs and private
+files never leave. The checkpoint itself is never changed. This file needs neither torch nor the rest of the package,
+and deliberately converts nothing: a checkpoint in another layout is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CODE_ROOT = Path(__file__).resolve().parent
+MODEL_TYPE = "internvl_chat"
+_MODEL = "modeling_internvl_chat.InternVLChatModel"
+AUTO_MAP = {
+    "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+}
+PROCESSOR = "processing_internvl.InternVLProcessor"
+IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+COPIED = (
+    *VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "README.md",
+)
+# A folder without this file was not made here, so it is never replaced. Dot files are not uploaded.
+MARKER = ".gathered"
+
+
+class CheckpointError(FileNotFoundError):
+    """The checkpoint folder lacks something that a published one needs."""
+
+
+class LayoutError(ValueError):
+    """A file of the checkpoint is there, but cannot be published as it is."""
+
+
+class HubCodeError(ImportError):
+    """The loader of remote code would not find a file that the code needs."""
+
+
+class VerificationError(RuntimeError):
+    """The gathered folder does not load on its own."""
+
+
+def relative_imports(path: Path) -> list[str]:
+    """Names of the sibling modules that a Python file imports, in the order of the syntax tree.
+
+    Raises:
+        HubCodeError: the file uses a form that transformers' loader cannot follow (``from . import x``, a dotted or a
+            parent module).
+    """
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        if node.level > 1 or node.module is None or "." in node.module:
+            raise HubCodeError(
+                f"{path.name}:{node.lineno}: the loader cannot follow `{ast.unparse(node)}`; Hub files are flat, so "
+                "import by name from a file beside this one"
+            )
+        names.append(node.module)
+    return names
+
+
+def hub_files(entries: Iterable[Path]) -> list[Path]:
+    """Return the entry files and every file that they import relatively, directly or not, each once.
+
+    Raises:
+        HubCodeError: a file is missing, or an import is not flat (see `relative_imports`).
+    """
+    queue = [(Path(entry), "auto_map") for entry in entries]
+    found: dict[Path, None] = {}
+    for path, wanted_by in queue:  # grows while it is walked
+        if path in found:
+            continue
+        if not path.is_file():
+            raise HubCodeError(f"{path.name}, which {wanted_by} names, is not in {path.parent}")
+        found[path] = None
+        queue += [(path.parent / f"{name}.py", path.name) for name in relative_imports(path)]
+    return list(found)
+
+
+def complete_auto_map(own: dict[str, Any], code_root: Path) -> dict[str, Any]:
+    """`AUTO_MAP`, overridden by the checkpoint's own entries where they name a file that is published with it.
+
+    References into another repository (``user/name--file.Class``, which transformers writes after loading from the
+    Hub) would make the published checkpoint run that repository's code: they give way.
+    """
+    local = {key: ref for key, ref in own.items() if key not in AUTO_MAP or _entry(ref, code_root).is_file()}
+    return {**AUTO_MAP, **local}
+
+
+def _entry(reference: str, code_root: Path) -> Path:
+    return code_root / f"{reference.rpartition('.')[0]}.py"
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, with the index if they are sharded.
+
+    Raises:
+        CheckpointError: there are none, or a shard that the index names is missing.
+        LayoutError: a single file and an index contradict each other, or a shard is named by a path.
+    """
+    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise LayoutError(f"{checkpoint} has both {single.name} and {index.name}: remove the stale one")
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        looked_for = f"{single.name} and {index.name}"
+        raise CheckpointError(f"{checkpoint} has no weights: looked for {looked_for}.{_hint(checkpoint)}")
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    if paths := [name for name in names if Path(name).name != name]:
+        raise LayoutError(f"{index} names shards outside its folder: {', '.join(paths)}")
+    if missing := [name for name in names if not (checkpoint / name).is_file()]:
+        raise CheckpointError(f"{checkpoint} lacks shards that {index.name} names: {', '.join(missing)}")
+    return [*(checkpoint / name for name in names), index]
+
+
+def _hint(checkpoint: Path) -> str:
+    if (checkpoint / "adapter_model.safetensors").is_file():
+        return " It holds an adapter: merge that into its base model and save the result first."
+    if any(checkpoint.glob("pytorch_model*.bin")):
+        return " Pickled weights are not published: load the model and save it again to get safetensors."
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; `CheckpointError` if the file is missing, `LayoutError` if it is not a JSON object."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LayoutError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LayoutError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def data_files(checkpoint: Path) -> list[Path]:
+    """Return the files beside the weights that are published unchanged.
+
+    Raises:
+        CheckpointError: there is no tokenizer among them.
+    """
+    if not any((checkpoint / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{checkpoint} has no tokenizer: looked for {', '.join(VOCABULARIES)}")
+    return [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
+
+
+def refuse_escapes(files: Iterable[Path], checkpoint: Path) -> None:
+    """Raise `LayoutError` for a symbolic link that leaves the checkpoint's folder.
+
+    A snapshot in the Hub's cache is made of links to the ``blobs`` folder of the same repository; those may pass.
+    """
+    root = checkpoint.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for file in files:
+        if not any(file.resolve().is_relative_to(folder) for folder in allowed):
+            raise LayoutError(f"{file} links to {file.resolve()}, outside the checkpoint: copy the file in its place")
+
+
+def tokenizer_code(checkpoint: Path, code_root: Path) -> list[Path]:
+    """Return the code of a custom tokenizer that ``tokenizer_config.json`` names, from either folder; often none."""
+    path = checkpoint / "tokenizer_config.json"
+    auto_map = read_json(path).get("auto_map", {}) if path.is_file() else {}
+    references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    files: list[Path] = []
+    for reference in references or []:  # [slow, fast], either of them null
+        if reference is not None and "--" not in reference:
+            root = code_root if _entry(reference, code_root).is_file() else checkpoint
+            files += hub_files([_entry(reference, root)])
+    return files
+
+
+def processor_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of ``processor_config.json`` with the references that the auto classes read.
+
+    ``AutoProcessor`` reads ``auto_map`` at its top level, ``AutoImageProcessor`` in the nested ``image_processor``.
+    """
+    return {
+        **saved,
+        "processor_class": PROCESSOR.rpartition(".")[2],
+        "auto_map": {"AutoProcessor": PROCESSOR},
+        "image_processor": {
+            **saved.get("image_processor", {}),
+            "image_processor_type": IMAGE_PROCESSOR.rpartition(".")[2],
+            "auto_map": {"AutoImageProcessor": IMAGE_PROCESSOR},
+        },
+    }
+
+
+def derive_processor(staged: Path) -> dict[str, Any]:
+    """Return what ``processor_config.json`` says for a checkpoint from before processors were saved.
+
+    The staged code decides, since the rules (tiles, tokens per tile, template) are its own; this takes some seconds.
+
+    Raises:
+        VerificationError: the configuration, the tokenizer or the code does not load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _run_isolated(_DERIVE, str(staged), PROCESSOR, folder)
+        return read_json(Path(folder) / "processor_config.json")
+
+
+def gather(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    code_root: str | Path = CODE_ROOT,
+    overwrite: bool = False,
+    **card: str | None,
+) -> list[Path]:
+    """Make `folder` a self-contained copy of a checkpoint that ``trust_remote_code=True`` loads.
+
+    The folder appears complete or not at all. Weights are hard links where the file system allows it: treat the
+    folder as read-only.
+
+    Args:
+        checkpoint: a folder written by ``save_pretrained``, or a published one.
+        folder: where to gather; must be absent or empty.
+        code_root: the folder that holds the Hub files.
+        overwrite: replace a folder that an earlier call made; any other is refused all the same.
+        card: ``repo_id``, ``license`` and ``base_model`` for the model card, which is written only if the checkpoint
+            has no ``README.md``.
+
+    Returns:
+        The gathered files, sorted.
+
+    Raises:
+        CheckpointError: the folder, its configuration, weights or tokenizer are missing.
+        LayoutError: a file cannot be published as it is.
+        HubCodeError: the code is incomplete.
+        FileExistsError: `folder` holds something that must not be lost.
+    """
+    checkpoint, folder, code_root = Path(checkpoint).resolve(), Path(folder).resolve(), Path(code_root).resolve()
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {checkpoint}")
+    _refuse_loss(checkpoint, folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        staged = Path(temporary) / "new"
+        staged.mkdir()
+        _fill(checkpoint, staged, code_root, {"repo_id": folder.name, **card})
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        staged.rename(folder)
+    return _uploaded(folder)
+
+
+def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str | None]) -> None:
+    config = read_json(checkpoint / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise LayoutError(
+            f"{checkpoint}/config.json says model_type={config.get('model_type')!r}; only {MODEL_TYPE!r} checkpoints "
+            "are published, so convert it first"
+        )
+    config["auto_map"] = complete_auto_map(config.get("auto_map") or {}, code_root)
+    references = dict.fromkeys([*config["auto_map"].values(), PROCESSOR, IMAGE_PROCESSOR])
+    code = hub_files(dict.fromkeys(_entry(reference, code_root) for reference in references))
+    code += tokenizer_code(checkpoint, code_root)
+    weights, data = weight_files(checkpoint), data_files(checkpoint)
+    refuse_escapes([*weights, *data, *checkpoint.glob("*config.json")], checkpoint)
+    for file in weights:
+        _link(file.resolve(), staged / file.name)
+    for file in [*data, *code]:
+        shutil.copyfile(file, staged / file.name)
+    _write_json(staged / "config.json", config)
+    processor = checkpoint / "processor_config.json"
+    saved = read_json(processor) if processor.is_file() else derive_processor(staged)
+    _write_json(staged / processor.name, processor_config(saved))
+    if not (staged / "README.md").exists():
+        (staged / "README.md").write_text(model_card(**card), encoding="utf-8")
+    (staged / MARKER).touch()
+
+
+def _refuse_loss(checkpoint: Path, folder: Path, overwrite: bool) -> None:
+    if checkpoint.is_relative_to(folder):
+        raise FileExistsError(f"{folder} holds the checkpoint itself: gather into another folder")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MARKER).is_file():
+        raise FileExistsError(f"{folder} exists and was not gathered by this tool: choose another")
+    if not overwrite:
+        raise FileExistsError(f"{folder} was gathered before: pass overwrite=True (--overwrite) to replace it")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _uploaded(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name != MARKER)
+
+
+def model_card(repo_id: str, license: str | None = None, base_model: str | None = None) -> str:
+    """Return the text of a model card: metadata and a usage example for both interfaces."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["internvl", "custom_code"],
+        license=license,
+        base_model=base_model,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{CARD.format(name=repo_id.rpartition('/')[2], repo_id=repo_id)}"
+
+
+CARD = """# {name}
+
+An InternVL vision-language model, with its code: load it with `trust_remote_code=True` after reading the Python files.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+image = Image.open("image.jpg")
+pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+print(model.chat(tokenizer, pixel_values, "<image>\\nDescribe the image.", {{"max_new_tokens": 64}}))
+```
+
+The same through the processor:
+
+```python
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Describe the image."}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.device, model.dtype)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
+```
+"""
+
+
+_DERIVE = """
+from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+checkpoint, reference, folder = sys.argv[1:]
+config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+processor = get_class_from_dynamic_module(reference, checkpoint).from_model_config(config, tokenizer)
+processor.save_pretrained(folder)
+"""
+
+_LOAD = """
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
+model, info = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+loaded = [model, AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)]
+for name in "missing_keys", "unexpected_keys", "mismatched_keys":
+    assert not info[name], f"{len(info[name])} {name}, such as {sorted(info[name])[:3]}"
+for value in loaded:
+    assert type(value).__module__.startswith("transformers_modules."), f"{type(value)} is not the folder's class"
+loaded.append(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True))
+print("ok:", *(type(value).__name__ for value in loaded))
+"""
+
+
+def verify(folder: str | Path) -> str:
+    """Load a gathered folder in a fresh, offline interpreter in which this package cannot be imported.
+
+    Returns:
+        One line that names the loaded classes.
+
+    Raises:
+        VerificationError: a class does not load or is not the folder's own, or the weights do not fit the model.
+    """
+    return _run_isolated(_LOAD, str(Path(folder).resolve())).strip().splitlines()[-1]
+
+
+def _run_isolated(code: str, *arguments: str) -> str:
+    # An installed copy must not help, nor a cache that other remote code has been in.
+    code = f"import sys\nsys.modules['internvl_hub'] = None\n{code}"
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": empty}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise VerificationError(f"{arguments[0]} does not load on its own:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def push(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    check: bool = False,
+    commit_message: str = "Upload model and code",
+    code_root: str | Path = CODE_ROOT,
+    api: Any = None,
+    **card: str | None,
+) -> list[Path]:
+    """Gather a checkpoint into a temporary folder and upload that in one commit.
+
+    A model card that the repository already has is kept.
+
+    Args:
+        checkpoint, code_root, card: as for `gather`.
+        repo_id: ``user/name``; created if it does not exist.
+        private: for a new repository; an existing one keeps its visibility.
+        token: access token; by default the one of ``hf auth login``.
+        revision: branch to commit to, created if it does not exist.
+        create_pr: open a pull request instead of committing.
+        dry_run: only print what would be uploaded; no request is made.
+        check: `verify` the folder first.
+        api: stands in for ``huggingface_hub.HfApi(token=token)``.
+
+    Returns:
+        The names of the uploaded files, as relative paths.
+    """
+    with _beside(Path(checkpoint)) as temporary:
+        folder = Path(temporary) / repo_id.rpartition("/")[2]
+        files = gather(checkpoint, folder, code_root=code_root, repo_id=repo_id, **card)
+        if check:
+            print(verify(folder))
+        for file in files:
+            print(f"{file.stat().st_size:>15,}  {file.name}")
+        if not dry_run:
+            ignored = _prepare(api := api or _hf_api(token), repo_id, private, revision, create_pr)
+            files = [file for file in files if file.name not in ignored]
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=[MARKER, *ignored],
+            )
+    return [Path(file.name) for file in files]
+
+
+def _hf_api(token: str | None) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token)
+
+
+def _prepare(api: Any, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> list[str]:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not api.file_exists(repo_id, "README.md", revision=revision):
+        return []
+    print("The repository keeps its README.md.")
+    return ["README.md"]
+
+
+@contextmanager
+def _beside(checkpoint: Path) -> Iterator[str]:
+    """A temporary folder on the checkpoint's file system, so that weights can be linked; elsewhere if read-only."""
+    parent = checkpoint.resolve().parent
+    writable = os.access(parent, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=parent if writable else None, prefix=".upload.") as temporary:
+        yield temporary
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the argument parser of ``internvl-upload``."""
+    parser = argparse.ArgumentParser(
+        prog="internvl-upload",
+        description=__doc__.partition("\n\n")[0],
+        epilog="examples:\n  internvl-upload runs/tiny --folder build/tiny --verify\n"
+        "  internvl-upload runs/tiny --repo user/name --license mit --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="folder with config.json, safetensors weights and a tokenizer")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--folder", help="only gather, into this folder")
+    target.add_argument("--repo", help="publish to this repository (user/name)")
+    parser.add_argument("--verify", action="store_true", help="load the gathered folder in a clean interpreter first")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this tool gathered")
+    parser.add_argument("--dry-run", action="store_true", help="with --repo: print the files and upload nothing")
+    parser.add_argument("--public", action="store_true", help="with --repo: a new repository is public")
+    parser.add_argument("--revision", help="with --repo: branch to commit to")
+    parser.add_argument("--create-pr", action="store_true", help="with --repo: open a pull request")
+    parser.add_argument("--message", default="Upload model and code", help="with --repo: commit message")
+    parser.add_argument("--license", help="licence identifier for the model card")
+    parser.add_argument("--base-model", help="base model identifier for the model card")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code, 1 after a one-line message for what the user can mend."""
+    arguments = build_parser().parse_args(argv)
+    card = {"license": arguments.license, "base_model": arguments.base_model}
+    try:
+        if arguments.folder:
+            gather(arguments.checkpoint, arguments.folder, overwrite=arguments.overwrite, **card)
+            print(verify(arguments.folder) if arguments.verify else f"gathered {arguments.folder}")
+        else:
+            push(
+                arguments.checkpoint,
+                arguments.repo,
+                private=not arguments.public,
+                revision=arguments.revision,
+                create_pr=arguments.create_pr,
+                dry_run=arguments.dry_run,
+                check=arguments.verify,
+                commit_message=arguments.message,
+                **card,
+            )
+    except (OSError, LayoutError, HubCodeError, VerificationError) as error:
+        print(f"internvl-upload: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
