@@ -307,8 +307,10 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
             return inputs_embeds
-        # After the prefill a context token is one that the model wrote itself: text like any other.
-        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+        # After the prefill a context token is one that the model wrote itself: text like any other. Single tokens come
+        # first, because a static cache's length is a tensor, on which a compiled decoding step must not branch.
+        decoding = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
+        if decoding and pixel_values is None and visual_features is None:
             return self.get_input_embeddings()(input_ids)
         return self.embed_prompt(input_ids, pixel_values, visual_features, image_flags)
 

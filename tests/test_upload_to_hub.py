@@ -1,0 +1,438 @@
+"""Gathering, checking and publishing a checkpoint: what travels, what never does, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from internvl_hub import upload_to_hub as upload
+from internvl_hub.upload_to_hub import CheckpointError, HubCodeError, LayoutError, VerificationError, gather, push
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAT = ROOT / "tests" / "fixtures" / "chat"
+CODE = {
+    "configuration_internvl_chat.py": "from .shared import x\n\n\nclass InternVLChatConfig: ...\n",
+    "modeling_internvl_chat.py": "from .configuration_internvl_chat import InternVLChatConfig\nfrom .deep import y\n",
+    "processing_internvl.py": "",
+    "image_processing_internvl.py": "",
+    "shared.py": "x = 1\n",
+    "deep.py": "y = 'é'\n",
+    "unrelated.py": "",
+}
+CLOSURE = set(CODE) - {"unrelated.py"}
+DATA = {"config.json", "processor_config.json", "model.safetensors", "tokenizer.json", "README.md"}
+
+
+def _write(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def code_root(tmp_path: Path) -> Path:
+    return _write(tmp_path / "code", CODE)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    config = {"model_type": "internvl_chat", "force_image_size": 56, "template": "internvl2_5"}
+    files = {
+        "config.json": json.dumps(config),
+        "processor_config.json": "{}",
+        "model.safetensors": "weights",
+        "tokenizer.json": "{}",
+    }
+    return _write(tmp_path / "checkpoint", files)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {upload.MARKER}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# What travels
+
+
+def test_gathers_data_and_the_closure(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    files = gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert _names(tmp_path / "out") == {path.name for path in files} == CLOSURE | DATA
+    for name in CLOSURE:
+        assert (tmp_path / "out" / name).read_bytes() == (code_root / name).read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").samefile(checkpoint / "model.safetensors")
+
+
+def test_only_allowed_files_travel(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    allowed = {"merges.txt", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"}
+    private = [
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "trainer_state.json",
+        "events.out.tfevents.1", ".env", ".git/config", "__pycache__/a.pyc", "notes.txt", "global_step1/states.pt",
+        "modeling_internvl_chat.py", "adapter_model.safetensors", "optimizer.safetensors", "cookies.json",
+    ]  # fmt: skip
+    _write(checkpoint, dict.fromkeys([*allowed, *private], "{}"))
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert _names(tmp_path / "out") == CLOSURE | DATA | allowed
+    assert (tmp_path / "out" / "modeling_internvl_chat.py").read_text() == CODE["modeling_internvl_chat.py"]
+
+
+def test_shards_travel_with_their_index(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    index = json.dumps({"weight_map": dict(zip("abc", sorted(shards) * 2, strict=False))})
+    stale = {"model-00001-of-00003.safetensors": ""}
+    _write(checkpoint, {**dict.fromkeys(shards, "w"), **stale, "model.safetensors.index.json": index})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    weights = {name for name in _names(tmp_path / "out") if "safetensors" in name}
+    assert weights == shards | {"model.safetensors.index.json"}
+
+
+def test_weights_are_copied_where_links_fail(
+    checkpoint: Path, code_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(os, "link", fail)
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    copy = tmp_path / "out" / "model.safetensors"
+    assert copy.read_text() == "weights" and not copy.samefile(checkpoint / "model.safetensors")
+
+
+def test_checkpoint_is_left_alone(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_code_of_a_custom_tokenizer_travels(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    _write(checkpoint, {"tokenizer_config.json": json.dumps({"auto_map": auto_map}), "tokenization_own.py": "z = 1\n"})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert (tmp_path / "out" / "tokenization_own.py").read_text() == "z = 1\n"
+    (checkpoint / "tokenization_own.py").unlink()
+    with pytest.raises(HubCodeError, match="tokenization_own.py"):
+        gather(checkpoint, tmp_path / "other", code_root=code_root)
+
+
+# Configuration
+
+
+def test_auto_map_is_completed(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    config = _json(tmp_path / "out" / "config.json")
+    assert config.pop("auto_map") == upload.AUTO_MAP
+    assert config == _json(checkpoint / "config.json")
+
+
+def test_references_into_other_repositories_give_way(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    own = {
+        "AutoConfig": "someone/else--configuration_internvl_chat.InternVLChatConfig",
+        "AutoModel": "deep.Other",
+        "AutoModelForVision2Seq": "shared.Another",
+    }
+    _write(checkpoint, {"config.json": json.dumps({"model_type": "internvl_chat", "auto_map": own})})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    expected = {**upload.AUTO_MAP, "AutoModel": "deep.Other", "AutoModelForVision2Seq": "shared.Another"}
+    assert _json(tmp_path / "out" / "config.json")["auto_map"] == expected
+
+
+def test_processor_config_names_both_classes(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    config = _json(tmp_path / "out" / "processor_config.json")
+    assert config["auto_map"]["AutoProcessor"] == upload.PROCESSOR
+    assert config["image_processor"]["auto_map"]["AutoImageProcessor"] == upload.IMAGE_PROCESSOR
+
+
+def test_processor_config_keeps_what_was_saved(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    saved = {"extra": 3, "image_processor": {"max_dynamic_patch": 5, "auto_map": {"AutoImageProcessor": "u/n--a.B"}}}
+    _write(checkpoint, {"processor_config.json": json.dumps(saved)})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    config = _json(tmp_path / "out" / "processor_config.json")
+    assert config["extra"] == 3
+    assert config["image_processor"]["max_dynamic_patch"] == 5
+    assert config["image_processor"]["auto_map"] == {"AutoImageProcessor": upload.IMAGE_PROCESSOR}
+
+
+# Model card
+
+
+def test_model_card_holds_metadata_and_usage(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    card = {"repo_id": "user/name", "license": "mit", "base_model": "user/base"}
+    gather(checkpoint, tmp_path / "out", code_root=code_root, **card)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for line in ["library_name: transformers", "pipeline_tag: image-text-to-text", "- custom_code", "license: mit"]:
+        assert line in text
+    assert "base_model: user/base" in text and 'from_pretrained("user/name"' in text
+
+
+def test_own_model_card_is_kept(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    _write(checkpoint, {"README.md": "mine"})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "message"),
+    [
+        ("config.json", CheckpointError, "has no config.json"),
+        ("model.safetensors", CheckpointError, "looked for model.safetensors and model.safetensors.index.json"),
+        ("tokenizer.json", CheckpointError, "no tokenizer: looked for tokenizer.json"),
+    ],
+)
+def test_missing_files(
+    checkpoint: Path, code_root: Path, tmp_path: Path, missing: str, error: type[Exception], message: str
+) -> None:
+    (checkpoint / missing).unlink()
+    with pytest.raises(error, match=message):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+def test_missing_folder(code_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        gather(tmp_path / "absent", tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize(
+    ("file", "hint"), [("pytorch_model.bin", "Pickled"), ("adapter_model.safetensors", "merge that into its base")]
+)
+def test_other_weights_get_a_hint(checkpoint: Path, code_root: Path, tmp_path: Path, file: str, hint: str) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / file)
+    with pytest.raises(CheckpointError, match=hint):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"config.json": "{"}, LayoutError, "not valid JSON"),
+        ({"config.json": "[]"}, LayoutError, "not an object"),
+        ({"config.json": '{"model_type": "internvl"}'}, LayoutError, "model_type='internvl'"),
+        ({"model.safetensors.index.json": "{}"}, LayoutError, "remove the stale one"),
+        (
+            {"config.json": '{"model_type": "internvl_chat", "auto_map": {"AutoBackbone": "absent.Class"}}'},
+            HubCodeError,
+            "absent.py, which auto_map names",
+        ),
+    ],
+)
+def test_unusable_files(
+    checkpoint: Path, code_root: Path, tmp_path: Path, files: dict[str, str], error: type[Exception], message: str
+) -> None:
+    _write(checkpoint, files)
+    with pytest.raises(error, match=message):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize(
+    ("shard", "error"), [("model-00001-of-00001.safetensors", CheckpointError), ("../secret.safetensors", LayoutError)]
+)
+def test_bad_shard_names(
+    checkpoint: Path, code_root: Path, tmp_path: Path, shard: str, error: type[Exception]
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (tmp_path / "secret.safetensors").touch()
+    _write(checkpoint, {"model.safetensors.index.json": json.dumps({"weight_map": {"a": shard}})})
+    with pytest.raises(error, match=re.escape(shard)):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "processor_config.json"])
+def test_links_out_of_the_checkpoint_are_refused(checkpoint: Path, code_root: Path, tmp_path: Path, name: str) -> None:
+    (checkpoint / name).rename(tmp_path / "elsewhere")
+    (checkpoint / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LayoutError, match="outside the checkpoint"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+def test_snapshot_of_the_hub_cache_is_followed(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    checkpoint.rename(blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    gather(snapshot, tmp_path / "out", code_root=code_root)
+    weights = tmp_path / "out" / "model.safetensors"
+    assert weights.read_text() == "weights" and not weights.is_symlink()
+
+
+# The target folder
+
+
+def test_failure_leaves_nothing(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    (code_root / "deep.py").unlink()
+    with pytest.raises(HubCodeError):
+        gather(checkpoint, tmp_path / "parent" / "out", code_root=code_root)
+    assert list((tmp_path / "parent").iterdir()) == []
+
+
+def test_failure_keeps_the_earlier_folder(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    gather(checkpoint, tmp_path / "parent" / "out", code_root=code_root)
+    before = _names(tmp_path / "parent" / "out")
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        gather(checkpoint, tmp_path / "parent" / "out", code_root=code_root, overwrite=True)
+    assert _names(tmp_path / "parent" / "out") == before
+    assert [path.name for path in (tmp_path / "parent").iterdir()] == ["out"]
+
+
+def test_overwriting_replaces_only_its_own_folder(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # empty: fine
+    gather(checkpoint, out, code_root=code_root)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        gather(checkpoint, out, code_root=code_root)
+    (code_root / "deep.py").write_text("y = 2\n")
+    gather(checkpoint, out, code_root=code_root, overwrite=True)
+    assert (out / "deep.py").read_text() == "y = 2\n"
+
+
+def test_foreign_folders_are_never_replaced(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    foreign = _write(tmp_path / "foreign", {"config.json": "{}", "thesis.tex": "years of work"})
+    for folder in (foreign, checkpoint, checkpoint.parent):
+        with pytest.raises(FileExistsError):
+            gather(checkpoint, folder, code_root=code_root, overwrite=True)
+    assert (foreign / "thesis.tex").exists() and (checkpoint / "model.safetensors").exists()
+
+
+# Publishing
+
+
+class FakeApi:
+    """Records calls as `HfApi` would receive them, and what lies in the folder at that moment."""
+
+    def __init__(self, existing: tuple[str, ...] = ()) -> None:
+        self.existing, self.calls, self.uploaded = existing, [], set()
+
+    def create_repo(self, repo_id: str, **options: object) -> None:
+        self.calls.append(("create_repo", repo_id, options))
+
+    def create_branch(self, repo_id: str, **options: object) -> None:
+        self.calls.append(("create_branch", repo_id, options))
+
+    def file_exists(self, repo_id: str, filename: str, **_: object) -> bool:
+        return filename in self.existing
+
+    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **options: object) -> None:
+        self.calls.append(("upload_folder", options["repo_id"], options))
+        self.uploaded = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
+
+
+def test_push_uploads_once_to_a_private_repository(checkpoint: Path, code_root: Path) -> None:
+    api = FakeApi()
+    files = push(checkpoint, "user/name", code_root=code_root, api=api, commit_message="first")
+    assert [call[0] for call in api.calls] == ["create_repo", "upload_folder"]
+    assert api.calls[0][2] == {"private": True, "exist_ok": True}
+    assert api.calls[1][2]["commit_message"] == "first"
+    assert api.uploaded == {path.name for path in files} == CLOSURE | DATA
+    assert _names(checkpoint.parent) == {"checkpoint", "code"}  # nothing temporary stays
+
+
+def test_push_keeps_the_repository_card(checkpoint: Path, code_root: Path) -> None:
+    api = FakeApi(existing=("README.md",))
+    files = push(checkpoint, "user/name", code_root=code_root, api=api)
+    assert api.uploaded == {path.name for path in files} == (CLOSURE | DATA) - {"README.md"}
+
+
+@pytest.mark.parametrize(("create_pr", "branches"), [(False, 1), (True, 0)])
+def test_push_to_a_branch_or_a_pull_request(checkpoint: Path, code_root: Path, create_pr: bool, branches: int) -> None:
+    api = FakeApi()
+    push(checkpoint, "user/name", code_root=code_root, api=api, private=False, revision="next", create_pr=create_pr)
+    assert sum(call[0] == "create_branch" for call in api.calls) == branches
+    options = api.calls[-1][2]
+    assert (options["revision"], options["create_pr"]) == ("next", create_pr)
+    assert api.calls[0][2]["private"] is False
+
+
+def test_dry_run_asks_nothing(checkpoint: Path, code_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    files = push(checkpoint, "user/name", code_root=code_root, api=api, dry_run=True)
+    assert api.calls == [] and {path.name for path in files} == CLOSURE | DATA
+    assert re.search(r"^ +7  model.safetensors$", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+# Command line
+
+
+def test_command_line_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upload.main([str(tmp_path / "absent"), "--folder", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("internvl-upload: there is no checkpoint folder") and error.count("\n") == 1
+
+
+def test_command_line_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(upload, "push", lambda *args, **options: seen.update(options, args=args))
+    flags = "--public --revision r --create-pr --dry-run --verify --message m --license mit --base-model b/m"
+    assert upload.main(["c", "--repo", "u/n", *flags.split()]) == 0
+    assert seen == {
+        "args": ("c", "u/n"), "private": False, "revision": "r", "create_pr": True, "dry_run": True, "check": True,
+        "commit_message": "m", "license": "mit", "base_model": "b/m",
+    }  # fmt: skip
+
+
+def test_runs_as_a_plain_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "upload_to_hub.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gathered") / "tiny-qwen2"
+    gather(CHAT / "qwen2-internvl2_5", folder, repo_id=str(folder))
+    return folder
+
+
+def test_fixture_checkpoint_loads_on_its_own(gathered: Path) -> None:
+    assert upload.verify(gathered) == "ok: InternVLChatModel InternVLProcessor TokenizersBackend"
+
+
+def test_processor_follows_the_model_where_none_was_saved(gathered: Path) -> None:
+    """56 px tiles of 4 tokens; the defaults of the processor would be 448 px and 256 tokens."""
+    config = _json(gathered / "processor_config.json")
+    assert (config["template"], config["num_image_token"]) == ("internvl2_5", 4)
+    assert config["image_processor"]["image_size"] == 56
+    assert not (gathered / "chat_template.jinja").exists()  # the tokenizer keeps its own template
+
+
+def test_model_card_code_runs(gathered: Path, tmp_path: Path) -> None:
+    """The card's code blocks, one after the other, in a process where only the folder has the code."""
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "image.jpg")
+    text = (gathered / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(["import sys", "sys.modules['internvl_hub'] = None", *blocks])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["internlm2-internlm2_chat", "llama-hermes2-vit6b", "phi3-phi3_chat"])
+def test_other_backends_load_on_their_own(name: str, tmp_path: Path) -> None:
+    gather(CHAT / name, tmp_path / name)
+    assert upload.verify(tmp_path / name).startswith("ok: InternVLChatModel InternVLProcessor")
+
+
+def test_verify_reports_a_folder_that_leans_on_missing_code(gathered: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(gathered, broken)
+    (broken / "configuration_intern_vit.py").unlink()
+    with pytest.raises(VerificationError, match="configuration_intern_vit"):
+        upload.verify(broken)
