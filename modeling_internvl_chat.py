@@ -418,15 +418,22 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         _check_loss_normaliser(loss_weight, num_items_in_batch)
         targets = shift_targets(labels, loss_weight)
         wants_logits = output_logits if output_logits is not None else not self.training
-        if wants_logits or self._head_is_modified():
+        if wants_logits or self._needs_full_logits():
             outputs, loss_sum = self._loss_with_logits(inputs, targets, logits_to_keep)
         else:
             outputs, loss_sum = self._loss_without_logits(inputs, targets)
         outputs.loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
+        router_loss = getattr(outputs, "aux_loss", None)  # mixture of experts with llm_config.output_router_logits
+        if router_loss is not None:
+            coefficient = self.config.get_text_config().router_aux_loss_coef
+            outputs.loss = outputs.loss + coefficient * router_loss.to(outputs.loss.device)
         return outputs if return_dict in (None, True) else outputs.to_tuple()
 
-    def _head_is_modified(self) -> bool:
+    def _needs_full_logits(self) -> bool:
+        """Whether the loss needs more of the language model's own forward than its head."""
         text = self.config.get_text_config()
+        if getattr(text, "output_router_logits", False):
+            return True
         return any(getattr(text, name, None) not in (None, 1, 1.0) for name in _HEAD_MODIFIERS)
 
     def _loss_with_logits(
