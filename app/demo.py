@@ -18,13 +18,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..examples.internvl_tiny.metrics import Box, box_iou, parse_boxes
 from ..upload_to_hub import gather
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "internvl-tiny"
 EXAMPLES = ROOT / "examples" / "images"
 BUILD = Path("build")
-_BOX = re.compile(r"\[\[(\d+), (\d+), (\d+), (\d+)\]\]")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Turn:
             return ""
         boxes = [find_box(text) for text in (self.answer, self.expected)]
         if boxes[1] is not None:
-            return f"IoU {0.0 if boxes[0] is None else iou(*boxes):.2f}"
+            return f"IoU {0.0 if boxes[0] is None else box_iou(*boxes):.2f}"
         return "right" if self.answer == self.expected else "WRONG"
 
 
@@ -54,19 +54,9 @@ class Example:
     turns: list[Turn] = field(default_factory=list)
 
 
-def find_box(text: str) -> tuple[int, ...] | None:
-    """The first `[[x1, y1, x2, y2]]` of an answer, in thousandths of the image's sides."""
-    found = _BOX.search(text)
-    return tuple(map(int, found.groups())) if found else None
-
-
-def iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    inside = max(width, 0) * max(height, 0)
-    areas = sum(max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in (first, second))
-    return inside / (areas - inside) if areas > inside else 0.0
+def find_box(text: str) -> Box | None:
+    """The first box of an answer, in thousandths of the image's sides."""
+    return next(iter(parse_boxes(text)), None)
 
 
 def read_examples(folder: Path) -> list[Example]:
@@ -123,9 +113,7 @@ def _draw_row(example: Example, text_width: int, side: int = 240, margin: int = 
     pen = ImageDraw.Draw(image)
     for box in filter(None, (find_box(turn.answer) for turn in example.turns)):
         corners = [v * s / 1000 for v, s in zip(box, (image.width, image.height) * 2, strict=True)]
-        x1, x2 = sorted(corners[0::2])
-        y1, y2 = sorted(corners[1::2])
-        pen.rectangle((x1, y1, x2, y2), outline="magenta", width=3)
+        pen.rectangle(corners, outline="magenta", width=3)
     lines = [line for turn in example.turns for line in _lines(turn)]
     height = max(image.height, 22 * len(lines)) + 2 * margin
     row = Image.new("RGB", (side + text_width + 3 * margin, height), "white")
