@@ -6,6 +6,7 @@ Nothing that a caller passes (dictionary, list, tokenizer) is changed. Prompts c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from threading import Event, Thread
 from typing import Any
@@ -240,6 +241,8 @@ class _Turn:
     ) -> list[int]:
         """Generates; returns the new ids."""
         options = _generation_options([self], generation_config)
+        stopping = [*(options.pop("stopping_criteria", None) or []), *extra.pop("stopping_criteria", [])]
+        extra["stopping_criteria"] = StoppingCriteriaList(stopping)
         pixel_values = _to_model(self.model, self.pixel_values)
         digests = session.encode_images(pixel_values, self.num_patches)
         ids = torch.tensor([self.prompt.input_ids], device=_input_device(self.model))
@@ -253,6 +256,11 @@ class _Turn:
             session.commit(cache, keys, new_ids)
         return new_ids
 
+    def header_ids(self) -> list[int]:
+        """Ids that the model itself writes before an answer and that are no part of it (gpt-oss: its channel)."""
+        header = self.conversation.template.answer_prefix.strip()
+        return self.tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
+
     def hidden_ids(self) -> set[int]:
         """Special ids that an answer does not show."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
@@ -263,6 +271,8 @@ class _Turn:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer's text, cut at the end of the turn."""
+        header, ids = self.header_ids(), list(ids)
+        ids = ids[len(header) :] if ids[: len(header)] == header else ids
         if self.keep_markup:
             hidden = self.hidden_ids()
             text = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
@@ -317,20 +327,26 @@ def _generation_options(
     turn = turns[0]
     options = dict(generation_config) if isinstance(generation_config, dict) else {}
     given = generation_config if isinstance(generation_config, GenerationConfig) else None
-    if given is not None:
-        options["generation_config"] = given
+    given = options.pop("generation_config", given)
+    values: dict[str, Any] = {}
     stops = _id_list(turn.encoder.token_id(turn.conversation.template.end_of_turn))
     stops += _id_list(turn.tokenizer.eos_token_id) + _id_list(turn.model.generation_config.eos_token_id)
     stops += _id_list(options.get("eos_token_id")) + _id_list(getattr(given, "eos_token_id", None))
-    options["eos_token_id"] = list(dict.fromkeys(stops)) or None
+    values["eos_token_id"] = list(dict.fromkeys(stops)) or None
     pads = (options.get("pad_token_id"), getattr(given, "pad_token_id", None), turn.tokenizer.pad_token_id)
-    options["pad_token_id"] = next((p for p in pads if p is not None), stops[0] if stops else 0)
+    values["pad_token_id"] = next((p for p in pads if p is not None), stops[0] if stops else 0)
     limits = ("max_new_tokens", "max_length")
     sources = (given, turn.model.generation_config)
     limited = any(getattr(source, name, None) is not None for source in sources for name in limits)
     if not limited and not any(options.get(name) for name in limits):
-        options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-    return options
+        values["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+    if given is None:
+        return {**options, **values}
+    given = copy.deepcopy(given)  # transformers takes generation arguments or such an object, not both
+    for name, value in values.items():
+        options.pop(name, None)
+        setattr(given, name, value)
+    return {**options, "generation_config": given}
 
 
 def _option(model: Any, options: dict[str, Any], name: str) -> Any:
@@ -390,7 +406,8 @@ def _run_batch(
     if (_option(model, options, "num_return_sequences") or 1) != 1:
         raise ValueError("batch_chat returns one answer per question; use generate() for num_return_sequences > 1.")
     length = max(len(turn.prompt.input_ids) for turn in turns)
-    ids = torch.full((len(turns), length), options["pad_token_id"], device=_input_device(model))
+    pad = _option(model, options, "pad_token_id")
+    ids = torch.full((len(turns), length), pad, device=_input_device(model))
     mask = torch.zeros_like(ids)
     for row, turn in enumerate(turns):
         prompt = torch.tensor(turn.prompt.input_ids, device=ids.device)
@@ -406,16 +423,46 @@ def _run_batch(
 
 
 class _AnswerStreamer(TextIteratorStreamer):
-    """Queues an answer's text without the special tokens that `decode` would drop."""
+    """Queues an answer's text token by token, without what `decode` would drop.
+
+    transformers' own streamer starts decoding anew at every newline, where SentencePiece-like tokenizers then lose a
+    space. Here a piece is what a token adds to the decoded text of a window that begins with the piece before.
+    """
 
     def __init__(self, turn: _Turn) -> None:
         super().__init__(turn.tokenizer, skip_special_tokens=False)
-        self._hidden = turn.hidden_ids()
+        self._hidden, self._header = turn.hidden_ids(), turn.header_ids()
+        self._begun: list[int] = []  # ids that may still turn out to be the header
+        self._ids: list[int] = []
+        self._window = self._shown = 0  # where the window begins, and up to where its text is out
 
     def put(self, value: torch.Tensor) -> None:
-        kept = [i for i in value.reshape(-1).tolist() if i not in self._hidden]
-        if kept:
-            super().put(torch.tensor(kept))
+        for index in value.reshape(-1).tolist():
+            if self._header:
+                self._begun.append(index)
+                if self._begun == self._header:
+                    self._header, self._begun = [], []
+                elif self._begun != self._header[: len(self._begun)]:
+                    self._release()
+            elif index not in self._hidden:
+                self._ids.append(index)
+        self._show()
+
+    def end(self) -> None:
+        self._release()
+        self._show(final=True)
+        self.on_finalized_text("", stream_end=True)
+
+    def _release(self) -> None:
+        self._ids += [index for index in self._begun if index not in self._hidden]
+        self._header, self._begun = [], []
+
+    def _show(self, final: bool = False) -> None:
+        before = self.tokenizer.decode(self._ids[self._window : self._shown], **self.decode_kwargs)
+        text = self.tokenizer.decode(self._ids[self._window :], **self.decode_kwargs)
+        if len(text) > len(before) and (final or not text.endswith("\ufffd")):  # a character may still be incomplete
+            self._window, self._shown = self._shown, len(self._ids)
+            self.on_finalized_text(text[len(before) :])
 
 
 class _StopWhen(StoppingCriteria):
@@ -444,8 +491,7 @@ def _pieces(turn: _Turn, generation_config: Any, session: ChatSession) -> Iterat
     def generate() -> None:
         try:
             with torch.no_grad():
-                stopping = StoppingCriteriaList([_StopWhen(gone)])
-                turn.run(generation_config, session, streamer=streamer, stopping_criteria=stopping)
+                turn.run(generation_config, session, streamer=streamer, stopping_criteria=[_StopWhen(gone)])
         except BaseException as error:  # the reader's thread raises it
             errors.append(error)
             streamer.end()

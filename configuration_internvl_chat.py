@@ -67,13 +67,18 @@ def language_model_type(llm_config: dict[str, Any]) -> str:
 def modernise_llm_dict(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a copy of a released `llm_config` that transformers 5 accepts.
 
-    Drops dead keys and renames the rope type `"su"` (Phi-3) to `"longrope"`.
+    Drops dead keys, renames the rope type `"su"` (Phi-3) to `"longrope"`, and reads `rope_parameters` before the
+    copies of it that are saved for transformers 4.
     """
     values = {k: copy.deepcopy(v) for k, v in values.items() if k not in _DEAD_LLM_KEYS}
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
         if isinstance(rope, dict) and "su" in (rope.get("type"), rope.get("rope_type")):
             rope.update({name: "longrope" for name in ("type", "rope_type") if name in rope})
+    # The copies that are saved for transformers 4 hold less, and 5 would prefer them; edited ones stay.
+    legacy = _legacy_rope(values.get("rope_parameters"))
+    if legacy and all(values.get(key) == legacy.get(key) for key in ("rope_theta", "rope_scaling")):
+        values = {k: v for k, v in values.items() if k not in legacy}
     return values
 
 

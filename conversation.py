@@ -7,6 +7,7 @@ plain string of the original `get_prompt()` is their concatenation. Tokenising l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,10 +245,11 @@ class Conversation:
         if content is None:
             return
         text = content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
+        text = text.removeprefix(template.answer_prefix) if template.answer_prefix.strip() else text
         end = template.last_answer_end if last else template.sep
         stop = end.strip()
         yield Segment(template.answer_prefix, supervised=True)
-        yield Segment(text.removeprefix(template.answer_prefix), "text", supervised=True)
+        yield Segment(text, "text", supervised=True)
         yield Segment(stop, supervised=True)
         yield Segment(end[len(stop) :])
 
@@ -377,14 +379,11 @@ def chat_template(template: ConversationTemplate, bos_token: str = "", system_me
         "END": template.sep,
         "LAST_END": template.last_answer_end,
     }
-    output = _JINJA
-    for key, value in values.items():
-        output = output.replace(f"@{key}@", _jinja_string(value))
-    return output
+    return re.sub("@([A-Z_]+)@", lambda match: _jinja_string(values[match[1]]), _JINJA)
 
 
 def _jinja_string(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"
 
 
@@ -417,7 +416,7 @@ _JINJA = """\
         {{- @USER@ ~ text_of(message.content) ~ @USER_END@ -}}
     {%- elif message.role == 'assistant' -%}
         {%- set answer = text_of(message.content) -%}
-        {%- if @PREFIX@ and answer.startswith(@PREFIX@) -%}
+        {%- if @PREFIX@ | trim and answer.startswith(@PREFIX@) -%}
             {%- set answer = answer[(@PREFIX@ | length):] -%}
         {%- endif -%}
         {{- @ASSISTANT@ ~ @PREFIX@ ~ answer -}}

@@ -50,6 +50,10 @@ _HEAD_MODIFIERS = (
     "logits_scaling",
     "lm_head_multiplier",
     "output_multiplier",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logits_mup_width_multiplier",
+    "unpadded_vocab_size",
 )
 
 
@@ -422,11 +426,11 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             outputs, loss_sum = self._loss_with_logits(inputs, targets, logits_to_keep)
         else:
             outputs, loss_sum = self._loss_without_logits(inputs, targets)
-        outputs.loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
+        loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
         router_loss = getattr(outputs, "aux_loss", None)  # mixture of experts with llm_config.output_router_logits
         if router_loss is not None:
-            coefficient = self.config.get_text_config().router_aux_loss_coef
-            outputs.loss = outputs.loss + coefficient * router_loss.to(outputs.loss.device)
+            loss = loss + self.config.get_text_config().router_aux_loss_coef * router_loss.to(loss.device)
+        outputs = type(outputs)(**{**outputs, "loss": loss})  # anew: a loss set later would come last in a tuple
         return outputs if return_dict in (None, True) else outputs.to_tuple()
 
     def _needs_full_logits(self) -> bool:
@@ -457,7 +461,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         vocab_size = self.config.get_text_config().vocab_size
         loss_sum = head_cross_entropy_sum(states, self.get_output_embeddings(), targets, vocab_size)
         outputs = CausalLMOutputWithPast(
-            past_key_values=hidden.past_key_values,
+            past_key_values=getattr(hidden, "past_key_values", None),  # recurrent models have none
             hidden_states=hidden.hidden_states,
             attentions=getattr(hidden, "attentions", None),
         )
@@ -513,12 +517,13 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; without a cache it keeps the prompt's embeddings, images included, at every step."""
-        if inputs_embeds is not None and past_key_values is None and not is_first_iteration:
-            generated = attention_mask.shape[1] - inputs_embeds.shape[1]
-            new = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] - generated :])
-            inputs_embeds = torch.cat([inputs_embeds, new.to(inputs_embeds)], dim=1)
-            is_first_iteration = True
+        """As in transformers; decoding text without a cache, a context token that the model wrote is text too.
+
+        (With embeddings as input, and so with images, transformers always uses a cache.)
+        """
+        has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_features") is not None
+        if past_key_values is None and inputs_embeds is None and not is_first_iteration and not has_images:
+            inputs_embeds, is_first_iteration = self.get_input_embeddings()(input_ids), True
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

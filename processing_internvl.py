@@ -32,7 +32,15 @@ from .prompting_internvl import EncodedPrompt, TokenizerError, check_image_count
 
 VIDEO_PLACEHOLDER = "<video>"
 _MEDIA = re.compile(f"({re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})")
-_TEXT_OPTIONS = ("padding", "padding_side", "return_tensors", "max_length", "truncation", "add_special_tokens")
+_TEXT_OPTIONS = (
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "return_tensors",
+    "max_length",
+    "truncation",
+    "add_special_tokens",
+)
 _IMAGE_SOURCES = ("image", "url", "path", "image_url", "base64")
 
 
@@ -132,8 +140,8 @@ class InternVLProcessor(ProcessorMixin):
             text: A prompt or several.
             videos: Lists of frames; each `<video>` becomes one `Frame-i: <image>` line per frame, one tile each.
             audio: Must be None.
-            **kwargs: `padding`, `padding_side` (left unless given), `return_tensors`, `max_length`,
-                `add_special_tokens`, and any field of the image processor (`max_num`, `exact`, ...).
+            **kwargs: `padding`, `padding_side` (left unless given), `pad_to_multiple_of`, `return_tensors`,
+                `max_length`, `add_special_tokens`, and any field of the image processor (`max_num`, `exact`, ...).
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (tiles, 3, S, S), `num_patches` (images).
@@ -208,6 +216,7 @@ class InternVLProcessor(ProcessorMixin):
         Raises:
             TemplateError: an unknown role or part.
             ImageCountError: `images` does not fit the image parts.
+            ValueError: `continue_final_message` and `add_generation_prompt` together.
         """
         if not tokenize or chat_template is not None:
             return super().apply_chat_template(
@@ -222,6 +231,8 @@ class InternVLProcessor(ProcessorMixin):
                 processor_kwargs=processor_kwargs,
                 **kwargs,
             )
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message leaves an answer open, add_generation_prompt begins one: choose.")
         options = {**kwargs, **(processor_kwargs or {})}
         images = options.pop("images", None)
         if return_tensors != "auto":
@@ -304,6 +315,8 @@ class InternVLProcessor(ProcessorMixin):
             data["assistant_masks"] = [[int(on) for on in prompt.supervised] for prompt in prompts]
         padding = options.get("padding", len(prompts) > 1)
         target = limit if padding == "max_length" and limit is not None else longest
+        multiple = options.get("pad_to_multiple_of") or 1
+        target = -(-target // multiple) * multiple
         if padding not in (False, "do_not_pad", None):
             self._pad_rows(data, target, options.get("padding_side") or "left")
         if single and options.get("return_tensors") is None:
@@ -334,6 +347,8 @@ def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
         nested = key in ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
         flat.update(value or {}) if nested else flat.update({key: value})
     text = {key: flat.pop(key) for key in _TEXT_OPTIONS if key in flat}
+    flat = {key: value for key, value in flat.items() if value is not None}
+    InternVLImageProcessor(**flat)  # refuses unknown names, also where no image will come by
     return text, flat
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
@@ -90,47 +91,72 @@ class PromptEncoder:
         special = {str(t) for t in tokenizer.all_special_tokens}
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special |= {token.content for token in added.values() if token.special}
-        forbidden = sorted(special - USER_MARKUP, key=len, reverse=True)
-        self._forbidden = re.compile("(" + "|".join(map(re.escape, forbidden)) + ")") if forbidden else None
+        # The image tokens are forbidden even where a tokenizer has added them as ordinary ones.
+        forbidden = sorted((special | set(image_tokens)) - USER_MARKUP, key=len, reverse=True)
+        self._forbidden = re.compile("(" + "|".join(map(re.escape, forbidden)) + ")")
+        self._forbidden_ids = {self.token_id(token) for token in forbidden} - {None}
         ids = self._ids("", add_special_tokens=True)
         self.bos = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
         self._anchor = self._find_anchor(added)
+        self._adds_space = self._after("\n", "a") != self._ids("a", add_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """Id of a token of the vocabulary, or None."""
         index = self.tokenizer.convert_tokens_to_ids(token)
         return None if index is None or index == self.tokenizer.unk_token_id else index
 
-    def _find_anchor(self, added: dict[int, Any]) -> tuple[str, int] | None:
-        for index, token in added.items():
+    def _find_anchor(self, added: dict[int, Any]) -> str | None:
+        for token in added.values():
             if token.special and not (token.lstrip or token.rstrip or token.single_word):
-                return token.content, index
+                return token.content
         return None
 
     def _ids(self, text: str, **kwargs: Any) -> list[int]:
         return list(self.tokenizer(text, verbose=False, **kwargs)["input_ids"])
 
+    # SentencePiece-like tokenizers put a space before the first text of a call, some also before any text after a
+    # special token. Text in the middle of a prompt is therefore tokenised behind something, which is then cut off.
+
+    def _after(self, before: str, text: str, **kwargs: Any) -> list[int] | None:
+        """Ids of `text` right after `before`; None where the tokenizer merges across the border."""
+        head = self._ids(before, add_special_tokens=False, **kwargs)
+        ids = self._ids(before + text, add_special_tokens=False, **kwargs)
+        return ids[len(head) :] if ids[: len(head)] == head else None
+
+    def _continued(self, text: str, **kwargs: Any) -> list[int]:
+        """Ids of text that goes on where other text ended."""
+        for before in ("\n", "=", "0") if self._adds_space else ():
+            ids = self._after(before, text, **kwargs)
+            if ids is not None:
+                return ids
+        return self._ids(text, add_special_tokens=False, **kwargs)
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of text whose special tokens are characters."""
+        ids = self._continued(text, split_special_tokens=True)
+        if len(text) > 1 and not self._forbidden_ids.isdisjoint(ids):  # an ordinary piece too
+            return self._plain(text[:1]) + self._plain(text[1:])
+        return ids
+
     def _tokenize(self, run: _Run, first: bool) -> list[int]:
+        """Ids of a run that starts a prompt, or the part of one after a special token."""
         if run.plain:
-            return self._ids(run.text, add_special_tokens=False, split_special_tokens=True)
-        if first or self._anchor is None:
-            return self._ids(run.text, add_special_tokens=False)
-        # SentencePiece-like tokenizers put a space before the first text of a call: a special token in front takes it.
-        text, index = self._anchor
-        ids = self._ids(text + run.text, add_special_tokens=False)
-        return ids[1:] if ids[:1] == [index] else self._ids(run.text, add_special_tokens=False)
+            return self._plain(run.text)
+        ids = None if first or self._anchor is None else self._after(self._anchor, run.text)
+        return self._ids(run.text, add_special_tokens=False) if ids is None else ids
 
     def _runs(self, segments: Sequence[Segment]) -> list[_Run]:
         """Joins segments to as few runs as safety allows: a run ends only around forbidden text."""
         runs: list[_Run] = []
         start, context, end = self.image_tokens
-        for segment in segments:
-            if segment.kind == "image":
-                pieces = [_Run(start + context + end)]
-            elif segment.kind == "text" and self._forbidden is not None:
-                pieces = [_Run(p, bool(i % 2)) for i, p in enumerate(self._forbidden.split(segment.text)) if p]
+        for kind, group in groupby(segments, key=lambda segment: segment.kind):
+            text = "".join(segment.text for segment in group)  # joined: two parts may make up a special token
+            if kind == "image":
+                pieces = [_Run(text.replace(IMAGE_PLACEHOLDER, start + context + end))]
+            elif kind == "text":
+                pieces = [_Run(p, bool(i % 2)) for i, p in enumerate(self._forbidden.split(text)) if p]
             else:
-                pieces = [_Run(segment.text)]
+                pieces = [_Run(text)]
             for piece in pieces:
                 if runs and not (piece.plain or runs[-1].plain):
                     runs[-1] = _Run(runs[-1].text + piece.text)
@@ -141,7 +167,7 @@ class PromptEncoder:
     def _encode(self, segments: Sequence[Segment], first: bool) -> list[int]:
         ids: list[int] = list(self.bos) if first else []
         for i, run in enumerate(self._runs(segments)):
-            ids += self._tokenize(run, first and i == 0)
+            ids += self._tokenize(run, first) if i == 0 or run.plain else self._continued(run.text)
         return ids
 
     def encode(self, segments: Sequence[Segment], image_lengths: Sequence[int]) -> EncodedPrompt:
@@ -191,6 +217,8 @@ class PromptEncoder:
     def _expand(self, ids: list[int], supervised: list[bool], image_lengths: Sequence[int]) -> EncodedPrompt:
         """Repeats each context id to its image's number of tokens."""
         output = EncodedPrompt([])
+        if image_lengths:  # trusted text may hold context tokens of its own
+            check_image_count(ids.count(self.context_id), len(image_lengths), "The prompt with its image tokens")
         lengths = iter(image_lengths)
         for index, on in zip(ids, supervised, strict=True):
             repeat = 1
@@ -218,8 +246,8 @@ _ENCODERS: WeakKeyDictionary = WeakKeyDictionary()
 def prompt_encoder(
     tokenizer: Any, image_tokens: tuple[str, str, str] = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
 ) -> PromptEncoder:
-    """The encoder of a tokenizer, made once per tokenizer and vocabulary size."""
-    key, cached = (len(tokenizer), image_tokens), _ENCODERS.get(tokenizer)
+    """The encoder of a tokenizer, made once per tokenizer and set of tokens."""
+    key, cached = (len(tokenizer), *tokenizer.all_special_tokens, image_tokens), _ENCODERS.get(tokenizer)
     if cached is None or cached[0] != key:
         # A proxy, because an entry that held its own key would keep every tokenizer alive.
         cached = (key, PromptEncoder(proxy(tokenizer), image_tokens))

@@ -125,8 +125,8 @@ class ChatSession:
         limit = _rope_limit(self.model.config)
         if limit is not None:
             long = len(keys) > limit[1]
-            # Beyond its limit dynamic NTK has other frequencies for every length; LongRoPE has one other set.
-            if long != self._long or (long and limit[0] == "dynamic"):
+            # From its limit on dynamic NTK has other frequencies for every length; LongRoPE has one set beyond it.
+            if long != self._long or (len(keys) >= limit[1] and limit[0] == "dynamic"):
                 return 0
         # At least one token must be run to get the next one's logits.
         longest = min(len(keys) - 1, len(self._keys))
@@ -150,5 +150,7 @@ def _crop(cache: DynamicCache, length: int) -> bool:
             return False
         if window is not None and layer.get_seq_length() >= window:
             return False
-    cache.crop(length - cache.get_seq_length())
+    surplus = cache.get_seq_length() - length
+    if surplus:  # older versions take 0 for "drop everything"
+        cache.crop(-surplus)
     return True
