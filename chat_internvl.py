@@ -1,20 +1,21 @@
 """Talking to InternVL: `chat`, `batch_chat` and `stream_chat`, with the signatures that existing scripts use.
 
 Nothing that a caller passes (dictionary, list, tokenizer) is changed. Prompts come from `conversation.py`, ids from
-`prompting_internvl.py`, reuse across turns from `session_internvl.py`; this file only connects them to `generate`.
+`prompting_internvl.py`, reuse across turns from `session_internvl.py`, generation arguments from
+`generation_internvl.py`, streams from `streaming_internvl.py`; this file connects them to `generate`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from threading import Event, Thread
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from .conversation import IMAGE_PLACEHOLDER, Conversation, get_conv_template, template_names
+from .generation_internvl import cacheable, generation_options, option
 from .prompting_internvl import (
     IMG_CONTEXT_TOKEN,
     IMG_END_TOKEN,
@@ -26,10 +27,9 @@ from .prompting_internvl import (
     prompt_encoder,
 )
 from .session_internvl import ChatSession
+from .streaming_internvl import AnswerStreamer, stream_text
 
 History = Sequence[tuple[str, str]]
-# Where a caller sets no limit: transformers' own default of 20 tokens would cut answers in mid-sentence.
-DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 class InternVLChatMixin:
@@ -184,7 +184,13 @@ class InternVLChatMixin:
         """
         turn = _Turn(self, tokenizer, (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN), keep_markup)
         turn.prepare(pixel_values, question, history, num_patches_list)
-        return _stream(turn, generation_config, session or ChatSession(self))
+        options = turn.options(generation_config)
+        for name in ("num_beams", "num_return_sequences"):
+            if (option(self, options, name) or 1) != 1:
+                raise ValueError(f"An answer with {name} > 1 cannot be streamed; use chat().")
+        run = partial(turn.run, generation_config, session or ChatSession(self))
+        streamer = AnswerStreamer(tokenizer, turn.hidden_ids(), turn.header_ids())
+        return stream_text(run, streamer, turn.conversation.template.end_of_turn)
 
 
 # ------------------------------------------------------------------------------------------------------------ one turn
@@ -233,6 +239,11 @@ class _Turn:
         """The prompt for people to read: image slots stay `<image>`."""
         return self.conversation.get_prompt()
 
+    def options(self, generation_config: dict[str, Any] | GenerationConfig | None) -> dict[str, Any]:
+        """Arguments for `generate`."""
+        end_of_turn = self.encoder.token_id(self.conversation.template.end_of_turn)
+        return generation_options(self.model, self.tokenizer, end_of_turn, generation_config)
+
     def run(
         self,
         generation_config: dict[str, Any] | GenerationConfig | None,
@@ -240,7 +251,7 @@ class _Turn:
         **extra: Any,
     ) -> list[int]:
         """Generates; returns the new ids."""
-        options = _generation_options([self], generation_config)
+        options = self.options(generation_config)
         stopping = [*(options.pop("stopping_criteria", None) or []), *extra.pop("stopping_criteria", [])]
         extra["stopping_criteria"] = StoppingCriteriaList(stopping)
         pixel_values = _to_model(self.model, self.pixel_values)
@@ -248,7 +259,7 @@ class _Turn:
         ids = torch.tensor([self.prompt.input_ids], device=_input_device(self.model))
         embeds = self.model.embed_prompt(ids, visual_features=session.features(digests))
         keys, cache = session.prompt_keys(self.prompt, digests), None
-        if _cacheable(self.model, options):
+        if cacheable(self.model, options):
             cache = extra["past_key_values"] = session.cache_for(keys)
         output = self.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **options, **extra)
         new_ids = _sequences(output)[0].tolist()
@@ -309,61 +320,6 @@ def _sequences(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.sequences
 
 
-# -------------------------------------------------------------------------------------------------- generation options
-
-
-def _id_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
-def _generation_options(
-    turns: Sequence[_Turn], generation_config: dict[str, Any] | GenerationConfig | None
-) -> dict[str, Any]:
-    """Arguments for `generate`: the caller's, with every stop token that applies and a pad token."""
-    turn = turns[0]
-    options = dict(generation_config) if isinstance(generation_config, dict) else {}
-    given = generation_config if isinstance(generation_config, GenerationConfig) else None
-    given = options.pop("generation_config", given)
-    values: dict[str, Any] = {}
-    stops = _id_list(turn.encoder.token_id(turn.conversation.template.end_of_turn))
-    stops += _id_list(turn.tokenizer.eos_token_id) + _id_list(turn.model.generation_config.eos_token_id)
-    stops += _id_list(options.get("eos_token_id")) + _id_list(getattr(given, "eos_token_id", None))
-    values["eos_token_id"] = list(dict.fromkeys(stops)) or None
-    pads = (options.get("pad_token_id"), getattr(given, "pad_token_id", None), turn.tokenizer.pad_token_id)
-    values["pad_token_id"] = next((p for p in pads if p is not None), stops[0] if stops else 0)
-    limits = ("max_new_tokens", "max_length")
-    sources = (given, turn.model.generation_config)
-    limited = any(getattr(source, name, None) is not None for source in sources for name in limits)
-    if not limited and not any(options.get(name) for name in limits):
-        values["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-    if given is None:
-        return {**options, **values}
-    given = copy.deepcopy(given)  # transformers takes generation arguments or such an object, not both
-    for name, value in values.items():
-        options.pop(name, None)
-        setattr(given, name, value)
-    return {**options, "generation_config": given}
-
-
-def _option(model: Any, options: dict[str, Any], name: str) -> Any:
-    for source in (options, vars(options["generation_config"]) if "generation_config" in options else {}):
-        if source.get(name) is not None:
-            return source[name]
-    return getattr(model.generation_config, name, None)
-
-
-def _cacheable(model: Any, options: dict[str, Any]) -> bool:
-    """Whether the session's cache can serve this generation: one sequence, ordinary cache."""
-    single = all((_option(model, options, name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-    custom = ("cache_implementation", "past_key_values", "prefill_chunk_size", "assistant_model")
-    plain = not any(_option(model, options, name) for name in custom)
-    return single and plain and _option(model, options, "use_cache") is not False
-
-
 # --------------------------------------------------------------------------------------------------------------- batch
 
 
@@ -402,11 +358,11 @@ def _run_batch(
     pixel_values: torch.Tensor | None,
     generation_config: dict[str, Any] | GenerationConfig | None,
 ) -> list[str]:
-    options = _generation_options(turns, generation_config)
-    if (_option(model, options, "num_return_sequences") or 1) != 1:
+    options = turns[0].options(generation_config)
+    if (option(model, options, "num_return_sequences") or 1) != 1:
         raise ValueError("batch_chat returns one answer per question; use generate() for num_return_sequences > 1.")
     length = max(len(turn.prompt.input_ids) for turn in turns)
-    pad = _option(model, options, "pad_token_id")
+    pad = option(model, options, "pad_token_id")
     ids = torch.full((len(turns), length), pad, device=_input_device(model))
     mask = torch.zeros_like(ids)
     for row, turn in enumerate(turns):
@@ -417,118 +373,3 @@ def _run_batch(
     embeds = model.embed_prompt(ids, pixel_values=_to_model(model, used))
     output = _sequences(model.generate(inputs_embeds=embeds, attention_mask=mask, **options))
     return [turn.decode(new_ids) for turn, new_ids in zip(turns, output.tolist(), strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------------------- streams
-
-
-class _AnswerStreamer(TextIteratorStreamer):
-    """Queues an answer's text token by token, without what `decode` would drop.
-
-    transformers' own streamer starts decoding anew at every newline, where SentencePiece-like tokenizers then lose a
-    space. Here a piece is what a token adds to the decoded text of a window that begins with the piece before.
-    """
-
-    def __init__(self, turn: _Turn) -> None:
-        super().__init__(turn.tokenizer, skip_special_tokens=False)
-        self._hidden, self._header = turn.hidden_ids(), turn.header_ids()
-        self._begun: list[int] = []  # ids that may still turn out to be the header
-        self._ids: list[int] = []
-        self._window = self._shown = 0  # where the window begins, and up to where its text is out
-
-    def put(self, value: torch.Tensor) -> None:
-        for index in value.reshape(-1).tolist():
-            if self._header:
-                self._begun.append(index)
-                if self._begun == self._header:
-                    self._header, self._begun = [], []
-                elif self._begun != self._header[: len(self._begun)]:
-                    self._release()
-            elif index not in self._hidden:
-                self._ids.append(index)
-        self._show()
-
-    def end(self) -> None:
-        self._release()
-        self._show(final=True)
-        self.on_finalized_text("", stream_end=True)
-
-    def _release(self) -> None:
-        self._ids += [index for index in self._begun if index not in self._hidden]
-        self._header, self._begun = [], []
-
-    def _show(self, final: bool = False) -> None:
-        before = self.tokenizer.decode(self._ids[self._window : self._shown], **self.decode_kwargs)
-        text = self.tokenizer.decode(self._ids[self._window :], **self.decode_kwargs)
-        if len(text) > len(before) and (final or not text.endswith("\ufffd")):  # a character may still be incomplete
-            self._window, self._shown = self._shown, len(self._ids)
-            self.on_finalized_text(text[len(before) :])
-
-
-class _StopWhen(StoppingCriteria):
-    """Ends a generation whose reader has gone."""
-
-    def __init__(self, event: Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
-
-
-def _stream(
-    turn: _Turn, generation_config: dict[str, Any] | GenerationConfig | None, session: ChatSession
-) -> Iterator[str]:
-    options = _generation_options([turn], generation_config)
-    for name in ("num_beams", "num_return_sequences"):
-        if (_option(turn.model, options, name) or 1) != 1:
-            raise ValueError(f"An answer with {name} > 1 cannot be streamed; use chat().")
-    return _stripped(_pieces(turn, generation_config, session), turn.conversation.template.end_of_turn)
-
-
-def _pieces(turn: _Turn, generation_config: Any, session: ChatSession) -> Iterator[str]:
-    streamer, gone, errors = _AnswerStreamer(turn), Event(), []
-
-    def generate() -> None:
-        try:
-            with torch.no_grad():
-                turn.run(generation_config, session, streamer=streamer, stopping_criteria=[_StopWhen(gone)])
-        except BaseException as error:  # the reader's thread raises it
-            errors.append(error)
-            streamer.end()
-
-    thread = Thread(target=generate, daemon=True)
-    thread.start()
-    try:
-        yield from streamer
-    finally:
-        gone.set()
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _stripped(pieces: Iterator[str], end_of_turn: str) -> Iterator[str]:
-    """Cuts a stream at the end of the turn and strips it, as `decode` does with a whole answer."""
-    held, started = "", False
-    for piece in pieces:
-        held += piece
-        if not started:
-            held = held.lstrip()
-        head, stop, _ = held.partition(end_of_turn)
-        # Trailing space, or the beginning of an end mark, may still turn out not to belong to the answer.
-        ready = head if stop else head[: _safe_length(head, end_of_turn)]
-        ready = ready.rstrip()
-        if ready:
-            yield ready
-            held, started = held[len(ready) :], True
-        if stop:
-            return
-    if held.rstrip():
-        yield held.rstrip()
-
-
-def _safe_length(text: str, mark: str) -> int:
-    for size in range(min(len(mark) - 1, len(text)), 0, -1):
-        if text.endswith(mark[:size]):
-            return len(text) - size
-    return len(text)

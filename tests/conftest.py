@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
-sys.path.append(str(ROOT / "tests"))  # for `from tiny_models import ...`: importlib mode adds no paths of its own
+sys.path.append(str(ROOT / "tests"))  # for `from tiny import ...`: importlib mode adds no paths of its own
 
 # All of this must be set before transformers is imported. Two folders of the same name with the same configuration
 # code share classes in one cache of remote code, so each worker has its own, never the user's.

@@ -1,0 +1,71 @@
+"""Generation arguments of a conversation: what the caller asked for, plus the right stop and pad tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+# Where a caller sets no limit: transformers' own default of 20 tokens would cut answers in mid-sentence.
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+def _id_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def generation_options(
+    model: Any, tokenizer: Any, end_of_turn: int | None, generation_config: dict[str, Any] | GenerationConfig | None
+) -> dict[str, Any]:
+    """Arguments for `generate`: the caller's, with every stop token that applies and a pad token.
+
+    Args:
+        model: Its `generation_config` stands behind the caller's.
+        tokenizer: Gives its end-of-sequence and pad tokens.
+        end_of_turn: Id of the template's end of turn, None where the tokenizer does not know it.
+        generation_config: From the caller; not changed.
+    """
+    options = dict(generation_config) if isinstance(generation_config, dict) else {}
+    given = generation_config if isinstance(generation_config, GenerationConfig) else None
+    given = options.pop("generation_config", given)
+    values: dict[str, Any] = {}
+    stops = _id_list(end_of_turn)
+    stops += _id_list(tokenizer.eos_token_id) + _id_list(model.generation_config.eos_token_id)
+    stops += _id_list(options.get("eos_token_id")) + _id_list(getattr(given, "eos_token_id", None))
+    values["eos_token_id"] = list(dict.fromkeys(stops)) or None
+    pads = (options.get("pad_token_id"), getattr(given, "pad_token_id", None), tokenizer.pad_token_id)
+    values["pad_token_id"] = next((p for p in pads if p is not None), stops[0] if stops else 0)
+    limits = ("max_new_tokens", "max_length")
+    sources = (given, model.generation_config)
+    limited = any(getattr(source, name, None) is not None for source in sources for name in limits)
+    if not limited and not any(options.get(name) for name in limits):
+        values["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+    if given is None:
+        return {**options, **values}
+    given = copy.deepcopy(given)  # transformers takes generation arguments or such an object, not both
+    for name, value in values.items():
+        options.pop(name, None)
+        setattr(given, name, value)
+    return {**options, "generation_config": given}
+
+
+def option(model: Any, options: dict[str, Any], name: str) -> Any:
+    """The value that a generation with these arguments would use for `name`."""
+    for source in (options, vars(options["generation_config"]) if "generation_config" in options else {}):
+        if source.get(name) is not None:
+            return source[name]
+    return getattr(model.generation_config, name, None)
+
+
+def cacheable(model: Any, options: dict[str, Any]) -> bool:
+    """Whether the session's cache can serve this generation: one sequence, ordinary cache."""
+    single = all((option(model, options, name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+    custom = ("cache_implementation", "past_key_values", "prefill_chunk_size", "assistant_model")
+    plain = not any(option(model, options, name) for name in custom)
+    return single and plain and option(model, options, "use_cache") is not False

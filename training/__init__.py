@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer: batches (`collation`), settings (`arguments`), an exact loss (`trainer`)."""
