@@ -115,6 +115,17 @@ class InternVLProcessor(ProcessorMixin):
             system_message=config.system_message,
         )
 
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # This file's own image processor, not the one that a repository's auto_map names: it needs no remote code.
+        image_processor = InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [
+            image_processor,
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
+        ]
+
     @property
     def model_input_names(self) -> list[str]:
         """Keys of the output."""

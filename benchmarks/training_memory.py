@@ -7,8 +7,8 @@ does so too, hence gradients count), and the peak is reset. On the CPU it is the
 
 The language model has the width and vocabulary of InternVL2.5-1B (896, 151674) and 2 of its 24 layers, with gradient
 checkpointing as in the recipes, so that the head decides the peak, as it does in training at that size; batch of one
-row of 4096 tokens, no image. Goal: at most 0.5x. Time is shown because the chunks' logits are computed twice: wall time,
-and the process's CPU time, which a busy machine distorts less.
+row of 4096 tokens, no image. Goal: at most 0.5x. Time is shown because the chunks' logits are computed twice: wall
+time, and the CPU time of the process, which a busy machine distorts less.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --device cuda --dtype bfloat16

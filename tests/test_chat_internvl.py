@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
 
-from internvl_hub.generation_internvl import DEFAULT_MAX_NEW_TOKENS
 from internvl_hub.conversation import TemplateError
+from internvl_hub.generation_internvl import DEFAULT_MAX_NEW_TOKENS
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.prompting_internvl import ImageCountError, TokenizerError
 

@@ -27,18 +27,15 @@ COLORS: dict[str, RGB] = {
     "red": (214, 30, 36), "green": (28, 140, 52), "blue": (32, 70, 208), "yellow": (248, 216, 0),
     "purple": (132, 36, 160), "orange": (246, 130, 16), "black": (16, 16, 18), "white": (255, 255, 255),
 }  # fmt: skip
-PASTELS: tuple[RGB, ...] = (
-    (176, 204, 222), (222, 186, 192), (182, 212, 186), (198, 188, 220), (210, 200, 178), (192, 192, 196),
-)  # fmt: skip
+PASTELS: tuple[RGB, ...] = ((186, 196, 206), (206, 198, 186), (196, 196, 198))
 FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold",
     "STIXGeneral", "STIXGeneralBol", "DejaVuSans-Oblique", "DejaVuSerif-Italic",
 )  # fmt: skip
-# (width, height) -> (image pixels per pixel of the 64 px tiling, most shapes, share among the canvases that fit)
-CANVASES: dict[tuple[int, int], tuple[float, int, int]] = {
-    (64, 64): (1.0, 3, 6), (80, 80): (1.25, 3, 6), (96, 96): (1.0, 5, 3), (128, 128): (1.0, 5, 2),
-    (128, 64): (1.0, 5, 5), (64, 128): (1.0, 5, 5), (192, 96): (1.5, 5, 4), (96, 192): (1.5, 5, 4),
-    (192, 64): (1.0, 5, 2), (144, 96): (1.0, 5, 1), (96, 144): (1.0, 5, 1),
+CELL = 64
+# Columns and rows of `CELL` px -> share among the canvases with room enough. The model sees a cell as one tile.
+CANVASES: dict[tuple[int, int], int] = {
+    (1, 1): 6, (2, 1): 5, (1, 2): 5, (3, 1): 3, (1, 3): 3, (2, 2): 5, (3, 2): 2, (2, 3): 2,
 }  # fmt: skip
 WORDS = tuple("""
 able about above acid actor after again agree ahead album alive alone amber angel anger ankle apple april apron arena
@@ -152,10 +149,10 @@ def _paper(rng: random.Random, size: tuple[int, int], color: RGB) -> Image.Image
 
 
 def number_image(rng: random.Random, digits: str, split: Split, tall: bool = False) -> Image.Image:
-    """Handwritten `digits` in a row, or in a column read downwards when `tall`: RGB, about 32 px per digit (64 for a single one).
+    """Handwritten `digits` in a row, or in a column read downwards when `tall`: RGB, 32 px a digit, 64 for one alone.
 
-    Each digit sits in a slot of its own; position (2 px), size (a tenth), turn (5 degrees), ink and paper vary in every
-    split.
+    Each digit sits in a slot of its own; position (2 px), size (a tenth), turn (5 degrees), ink and paper vary in
+    every split.
     """
     long, short = strip_canvas(rng, (len(digits) + 1) // 2)
     ink, paper = _inks(rng)
@@ -236,36 +233,31 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of 1-5 shapes, every number equally likely; half of the scenes repeat a few kinds and colours."""
+    """A scene of 1-5 shapes, every number equally likely; half of the scenes repeat a few kinds and colours.
+
+    Each shape has a cell of the canvas to itself and varies in it by a quarter in size and by up to 8 px in place.
+    """
     wanted = rng.randint(1, 5)
-    sizes = [size for size, (_, most, _) in CANVASES.items() if most >= wanted]
-    size = rng.choices(sizes, [CANVASES[size][2] for size in sizes])[0]
+    canvases = [canvas for canvas in CANVASES if canvas[0] * canvas[1] >= wanted]
+    columns, rows = rng.choices(canvases, [CANVASES[canvas] for canvas in canvases])[0]
     few = rng.random() < 0.5
     kinds = rng.sample(SHAPES, rng.randint(1, 3)) if few else SHAPES
     colors = rng.sample(list(COLORS), rng.randint(1, 3)) if few else list(COLORS)
-    items: list[Item] = []
-    while len(items) < wanted:
-        item = _place(rng, size, wanted, rng.choice(kinds), rng.choice(colors), items)
-        items = [*items, item] if item else []  # no room left: start over
-    return Scene(size, rng.choice(PASTELS), tuple(items))
+    cells = rng.sample([(x, y) for y in range(rows) for x in range(columns)], wanted)
+    items = [_place(rng, cell, rng.choice(kinds), rng.choice(colors)) for cell in cells]
+    return Scene((CELL * columns, CELL * rows), rng.choice(PASTELS), tuple(items))
 
 
-def _place(
-    rng: random.Random, size: tuple[int, int], wanted: int, kind: str, color: str, others: list[Item]
-) -> Item | None:
-    """A shape that keeps 2 px from the border and 3 px from every other box, or None after 40 tries."""
-    least = 20 * max(1.0, CANVASES[size][0])
-    most = max(least, min(least * 2.2, min(size) * (0.62 if wanted == 1 else 0.42)))
-    for _ in range(40):
-        side, turn = round(rng.uniform(least, most)), rng.choice((-15, 0, 0, 15))
-        mask = _shape_mask(kind, side, turn)
-        x, y = rng.randint(2, size[0] - mask.width - 2), rng.randint(2, size[1] - mask.height - 2)
-        box = (x, y, x + mask.width, y + mask.height)
-        if all(box[0] >= o.box[2] + 3 or o.box[0] >= box[2] + 3 or box[1] >= o.box[3] + 3 or o.box[1] >= box[3] + 3
-               for o in others):  # fmt: skip
-            return Item(kind, color, side, turn, box)
-        most = max(least, most * 0.95)
-    return None
+def _place(rng: random.Random, cell: tuple[int, int], kind: str, color: str) -> Item:
+    """A shape inside a cell, at least 1 px from its border."""
+    side, turn = rng.randint(34, 44), rng.choice((-15, 0, 0, 15))
+    mask = _shape_mask(kind, side, turn)
+    left, top = (
+        CELL * index + (CELL - length) // 2 + rng.randint(-reach, reach)
+        for index, length in zip(cell, mask.size, strict=True)
+        for reach in (min(8, (CELL - length) // 2 - 1),)
+    )
+    return Item(kind, color, side, turn, (left, top, left + mask.width, top + mask.height))
 
 
 @cache

@@ -242,8 +242,15 @@ def test_shapes_are_large_enough_in_the_tiles():
         scene = random_scene(random.Random(seed))
         columns, rows = tile_grid(*scene.size)
         scale = min(64 * columns / scene.size[0], 64 * rows / scene.size[1])
-        assert CANVASES[scene.size][0] >= 1 / scale
-        assert all(min(i.box[2] - i.box[0], i.box[3] - i.box[1]) * scale >= 16 for i in scene.items)
+        assert (columns, rows) in CANVASES and scale == 1
+        assert all(min(i.box[2] - i.box[0], i.box[3] - i.box[1]) >= 28 for i in scene.items)
+
+
+def test_no_shape_crosses_a_tile_border():
+    for seed in range(300):
+        for item in random_scene(random.Random(seed)).items:
+            left, top, right, bottom = item.box
+            assert left // 64 == right // 64 and top // 64 == bottom // 64
 
 
 @pytest.mark.parametrize("tall", [False, True])
