@@ -14,9 +14,9 @@ import torch
 import transformers
 from packaging.version import Version
 
-if Version(transformers.__version__) < Version("5.9.0"):
+if Version(transformers.__version__) < Version("5.11.0"):
     raise ImportError(
-        f"InternVL needs transformers >= 5.9.0, found {transformers.__version__}: pip install -U transformers"
+        f"InternVL needs transformers >= 5.11.0, found {transformers.__version__}: pip install -U transformers"
     )
 
 from torch import nn

@@ -236,5 +236,5 @@ def test_older_transformers_is_one_clear_sentence(version: str, monkeypatch: pyt
     """Said before any import that an older version cannot serve."""
     spec = importlib.util.spec_from_file_location("internvl_hub.too_old", ROOT / "modeling_internvl_chat.py")
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)  # a lazy module, replaced at times
-    with pytest.raises(ImportError, match=rf"needs transformers >= 5.9.0, found {version}: pip install -U"):
+    with pytest.raises(ImportError, match=rf"needs transformers >= 5.11.0, found {version}: pip install -U"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
