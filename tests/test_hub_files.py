@@ -138,3 +138,11 @@ def test_closure_follows_imports_through_files(tmp_path: Path) -> None:
     (tmp_path / "c.py").unlink()
     with pytest.raises(HubCodeError, match="c.py, which b.py names"):
         hub_files([tmp_path / "a.py"])
+
+
+def test_upload_names_the_classes_that_the_configuration_names() -> None:
+    """`upload_to_hub.py` runs without torch, so it repeats the table."""
+    from internvl_hub import upload_to_hub
+    from internvl_hub.configuration_internvl_chat import AUTO_MAP
+
+    assert upload_to_hub.AUTO_MAP == AUTO_MAP

@@ -17,7 +17,6 @@ from ...conversation import IMAGE_PLACEHOLDER
 from ...data.records import Message, Record
 from ...processing_internvl import InternVLProcessor
 from ...prompting_internvl import IMG_CONTEXT_TOKEN
-from ...upload_to_hub import AUTO_MAP
 from .tasks import Sample, TaskMixture
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "internvl_tiny.yaml"
@@ -37,7 +36,6 @@ def make_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> In
     context = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
     config = InternVLChatConfig(**{**model, "llm_config": llm}, **ids, img_context_token_id=context)
     config.architectures = ["InternVLChatModel"]
-    config.auto_map = dict(AUTO_MAP)
     return config
 
 
