@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from .drawing import WORDS
 from .tasks import Sample, TaskMixture
 
 FOLDER = Path(__file__).resolve().parents[1] / "images"
@@ -16,13 +17,21 @@ SEED = 2024
 _SCENE = {"color": 1.0, "shape": 1.0, "count": 1.0, "count_color": 1.0, "exists": 1.0, "pointing": 1.0}
 # name -> (task weights, turns, what the sample must be like)
 WISHES: dict[str, tuple[dict[str, float], int, Callable[[Sample], bool]]] = {
-    "number_4_wide": ({"numbers": 1.0}, 1, lambda s: len(s.turns[0].answer) == 4 and s.image.width > s.image.height),
-    "number_6_wide": ({"numbers": 1.0}, 1, lambda s: len(s.turns[0].answer) == 6 and s.image.width > s.image.height),
-    "number_3_tall": ({"numbers": 1.0}, 1, lambda s: len(s.turns[0].answer) == 3 and s.image.width < s.image.height),
-    "word": ({"words": 1.0}, 1, lambda s: s.turns[0].language == "en"),
-    "shapes": (_SCENE, 4, lambda s: {"pointing", "count"} <= {t.task for t in s.turns if t.language == "en"}),
-    "shapes_chinese": (_SCENE, 3, lambda s: all(t.language == "zh" for t in s.turns)),
+    "number_4_wide": ({"numbers": 1.0}, 1, lambda s: _english(s) and _number(s, 4) and s.image.width > s.image.height),
+    "number_6_wide": ({"numbers": 1.0}, 1, lambda s: not _english(s) and _number(s, 6) and s.image.width > 128),
+    "number_3_tall": ({"numbers": 1.0}, 1, lambda s: _english(s) and _number(s, 3) and s.image.width < s.image.height),
+    "word": ({"words": 1.0}, 1, lambda s: _english(s) and s.turns[0].answer in WORDS),
+    "shapes": (_SCENE, 4, lambda s: _english(s) and {"pointing", "count"} <= {turn.task for turn in s.turns}),
+    "shapes_chinese": (_SCENE, 3, lambda s: all(turn.language == "zh" for turn in s.turns)),
 }
+
+
+def _english(sample: Sample) -> bool:
+    return all(turn.language == "en" for turn in sample.turns)
+
+
+def _number(sample: Sample, digits: int) -> bool:
+    return len(sample.turns[0].answer) == digits
 
 
 def find(weights: dict[str, float], turns: int, wish: Callable[[Sample], bool]) -> Sample:
