@@ -36,14 +36,28 @@ class Turn:
     answer: str = ""
 
     @property
-    def mark(self) -> str:
-        """`right`, `WRONG`, or for a box its overlap with the right one."""
+    def overlap(self) -> float | None:
+        """Overlap of the answer's box with the right one; None where no box is asked for."""
+        wanted = find_box(self.expected or "")
+        if wanted is None:
+            return None
+        found = find_box(self.answer)
+        return 0.0 if found is None else box_iou(found, wanted)
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the answer is right (a box: overlap of at least a half); None where that is not known."""
         if self.expected is None:
+            return None
+        return self.answer == self.expected if self.overlap is None else self.overlap >= 0.5
+
+    @property
+    def mark(self) -> str:
+        """`right` or `WRONG`, for a box with the overlap; empty where the right answer is not known."""
+        if self.is_right is None:
             return ""
-        boxes = [find_box(text) for text in (self.answer, self.expected)]
-        if boxes[1] is not None:
-            return f"IoU {0.0 if boxes[0] is None else box_iou(*boxes):.2f}"
-        return "right" if self.answer == self.expected else "WRONG"
+        overlap = "" if self.overlap is None else f" (IoU {self.overlap:.2f})"
+        return ("right" if self.is_right else "WRONG") + overlap
 
 
 @dataclass
@@ -127,7 +141,7 @@ def _draw_row(example: Example, text_width: int, side: int = 240, margin: int = 
 
 def _lines(turn: Turn) -> list[tuple[str, str]]:
     answer = re.sub(r"</?(ref|box)>", "", turn.answer)
-    colour = "firebrick" if turn.mark == "WRONG" else "darkgreen"
+    colour = "firebrick" if turn.is_right is False else "darkgreen"
     return [(f"Q  {_printable(turn.question)}", "black"), (f"A  {_printable(answer)}   {turn.mark}", colour)]
 
 
