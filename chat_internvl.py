@@ -293,6 +293,8 @@ class _Turn:
 
 
 def _num_patches(pixel_values: torch.Tensor | None, num_patches_list: Sequence[int] | None) -> list[int]:
+    if pixel_values is not None and not isinstance(pixel_values, torch.Tensor):
+        raise TypeError(f"pixel_values must be a torch tensor or None, got {type(pixel_values).__name__}.")
     tiles = 0 if pixel_values is None else pixel_values.shape[0]
     if num_patches_list is None:
         return [tiles] if tiles else []

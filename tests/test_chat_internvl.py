@@ -387,6 +387,12 @@ def test_question_must_be_a_string() -> None:
         model.chat(tokenizer, None, ["Hi"], GREEDY)
 
 
+def test_pixels_that_are_no_tensor_are_named() -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(TypeError, match="pixel_values must be a torch tensor or None, got ndarray"):
+        model.chat(tokenizer, tiles(1).numpy(), "Hi", GREEDY)
+
+
 def test_unknown_template() -> None:
     model, tokenizer = fresh()
     model.template = "nope"
