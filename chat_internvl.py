@@ -98,7 +98,7 @@ class InternVLChatMixin:
         """
         turn = _Turn(self, tokenizer, (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN), keep_markup)
         question = turn.prepare(pixel_values, question, history, num_patches_list)
-        answer = turn.decode(turn.run(generation_config, session or ChatSession(self)))
+        answer = turn.decode(turn.run(generation_config, session or ChatSession(self, reuse=False)))
         if verbose:
             print(turn.prompt_text(), answer, sep="")  # noqa: T201
         return (answer, [*(history or []), (question, answer)]) if return_history else answer
@@ -188,7 +188,7 @@ class InternVLChatMixin:
         for name in ("num_beams", "num_return_sequences"):
             if (option(self, options, name) or 1) != 1:
                 raise ValueError(f"An answer with {name} > 1 cannot be streamed; use chat().")
-        run = partial(turn.run, generation_config, session or ChatSession(self))
+        run = partial(turn.run, generation_config, session or ChatSession(self, reuse=False))
         streamer = AnswerStreamer(tokenizer, turn.hidden_ids(), turn.header_ids())
         return stream_text(run, streamer, turn.conversation.template.end_of_turn)
 

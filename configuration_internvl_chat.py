@@ -227,14 +227,14 @@ class InternVLChatConfig(PretrainedConfig):
         Raises:
             ValueError: the folder holds another kind of checkpoint.
         """
-        config_dict, _ = cls.get_config_dict(pretrained_model_name_or_path, **dict(kwargs))
+        config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {found!r} checkpoint, not {cls.model_type!r}. Load it with "
                 "the class of its own format, or point to the original-layout repository."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
 
 
 InternVLChatConfig.register_for_auto_class()

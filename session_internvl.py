@@ -47,14 +47,15 @@ class ChatSession:
 
     Args:
         model: The model whose conversation it is. After changing its weights call `reset`.
+        reuse: False for a single turn, which then need not fingerprint its images.
 
     Attributes:
         reused_tokens: Prompt tokens of the last turn that came from the cache.
         encoded_images: Images of the last turn that had to be encoded.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, reuse: bool = True) -> None:
+        self.model, self._reuse = model, reuse
         self.reset()
 
     def reset(self) -> None:
@@ -82,7 +83,7 @@ class ChatSession:
             Each image's digest, in order.
         """
         tiles = () if pixel_values is None else pixel_values.split(list(num_patches_list))
-        digests = [image_digest(image) for image in tiles]
+        digests = [image_digest(image) if self._reuse else i.to_bytes(4, "big") for i, image in enumerate(tiles)]
         new = [i for i, digest in enumerate(digests) if digest not in self._features]
         self.encoded_images = len(new)
         known = {digest: self._features[digest] for digest in digests if digest in self._features}
