@@ -1,8 +1,7 @@
 """Pictures for InternVL-tiny: strings of real handwritten digits, coloured shapes, printed words.
 
 Everything is drawn from a `random.Random` and nothing else, so a picture is a pure function of its seed. Sizes are
-chosen for 64 px tiles: about two digits or four letters per tile, shapes of at least 16 px after resizing to the tile
-grid. This module also owns which handwriting and which words belong to train, val and test; it asks no questions.
+chosen for 64 px tiles: about two digits or four letters per tile, shapes of at least 20 px, up to four in a tile. This module also owns which handwriting and which words belong to train, val and test; it asks no questions.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold",
     "STIXGeneral", "STIXGeneralBol", "DejaVuSans-Oblique", "DejaVuSerif-Italic",
 )  # fmt: skip
-CELL = 64
-# Columns and rows of `CELL` px -> share among the canvases with room enough. The model sees a cell as one tile.
-CANVASES: dict[tuple[int, int], int] = {
-    (1, 1): 6, (2, 1): 5, (1, 2): 5, (3, 1): 3, (1, 3): 3, (2, 2): 5, (3, 2): 2, (2, 3): 2,
+TILE = 64
+# Columns, rows, shapes along each side of a tile -> share among the layouts with room enough.
+LAYOUTS: dict[tuple[int, int, int], int] = {
+    (1, 1, 2): 10, (1, 1, 1): 8, (2, 1, 1): 5, (1, 2, 1): 5, (3, 1, 1): 3, (1, 3, 1): 3, (2, 2, 1): 4, (2, 1, 2): 3,
+    (1, 2, 2): 3, (3, 2, 1): 2, (2, 3, 1): 2,
 }  # fmt: skip
 WORDS = tuple("""
 able about above acid actor after again agree ahead album alive alone amber angel anger ankle apple april apron arena
@@ -151,18 +151,18 @@ def _paper(rng: random.Random, size: tuple[int, int], color: RGB) -> Image.Image
 def number_image(rng: random.Random, digits: str, split: Split, tall: bool = False) -> Image.Image:
     """Handwritten `digits` in a row, or in a column read downwards when `tall`: RGB, 32 px a digit, 64 for one alone.
 
-    Each digit sits in a slot of its own; position (2 px), size (a tenth), turn (5 degrees), ink and paper vary in
-    every split.
+    Each digit sits in a slot of its own; position (2 px), size (a tenth), turn (5 degrees; 10 in training), ink and
+    paper vary in every split.
     """
     long, short = strip_canvas(rng, (len(digits) + 1) // 2)
     ink, paper = _inks(rng)
     image = _paper(rng, (short, long) if tall else (long, short), paper)
-    slot = long / len(digits)
+    slot, turn = long / len(digits), 10 if split == "train" else 5
     for place, digit in enumerate(digits):
         side = min(0.94 * slot, 0.84 * short) * rng.uniform(0.9, 1.0)
         along, across = (place + 0.5) * slot + rng.uniform(-2, 2), short / 2 + rng.uniform(-2, 2)
         along = min(max(along, side / 2 + 1), long - side / 2 - 1)
-        mask = _turned(_glyph(rng.choice(handwriting_indices(split)[int(digit)])), side, rng.uniform(-5, 5))
+        mask = _turned(_glyph(rng.choice(handwriting_indices(split)[int(digit)])), side, rng.uniform(-turn, turn))
         x, y = (across, along) if tall else (along, across)
         image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
     return image
@@ -235,27 +235,28 @@ class Scene:
 def random_scene(rng: random.Random) -> Scene:
     """A scene of 1-5 shapes, every number equally likely; half of the scenes repeat a few kinds and colours.
 
-    Each shape has a cell of the canvas to itself and varies in it by a quarter in size and by up to 8 px in place.
+    Each shape has a cell of the canvas to itself, a tile or a quarter of one, and varies in it in size and in place.
     """
     wanted = rng.randint(1, 5)
-    canvases = [canvas for canvas in CANVASES if canvas[0] * canvas[1] >= wanted]
-    columns, rows = rng.choices(canvases, [CANVASES[canvas] for canvas in canvases])[0]
+    layouts = [layout for layout in LAYOUTS if math.prod(layout) * layout[2] >= wanted]
+    columns, rows, density = rng.choices(layouts, [LAYOUTS[layout] for layout in layouts])[0]
     few = rng.random() < 0.5
     kinds = rng.sample(SHAPES, rng.randint(1, 3)) if few else SHAPES
     colors = rng.sample(list(COLORS), rng.randint(1, 3)) if few else list(COLORS)
-    cells = rng.sample([(x, y) for y in range(rows) for x in range(columns)], wanted)
-    items = [_place(rng, cell, rng.choice(kinds), rng.choice(colors)) for cell in cells]
-    return Scene((CELL * columns, CELL * rows), rng.choice(PASTELS), tuple(items))
+    cells = rng.sample([(x, y) for y in range(rows * density) for x in range(columns * density)], wanted)
+    items = [_place(rng, cell, TILE // density, rng.choice(kinds), rng.choice(colors)) for cell in cells]
+    return Scene((TILE * columns, TILE * rows), rng.choice(PASTELS), tuple(items))
 
 
-def _place(rng: random.Random, cell: tuple[int, int], kind: str, color: str) -> Item:
-    """A shape inside a cell, at least 1 px from its border."""
-    side, turn = rng.randint(34, 44), rng.choice((-15, 0, 0, 15))
+def _place(rng: random.Random, cell: tuple[int, int], length: int, kind: str, color: str) -> Item:
+    """A shape inside a cell of `length` px, at least 1 px from its border and at most 8 px from its middle."""
+    side = rng.randint(34, 44) if length == TILE else rng.randint(21, 25)
+    turn = rng.choice((-15, 0, 0, 15))
     mask = _shape_mask(kind, side, turn)
     left, top = (
-        CELL * index + (CELL - length) // 2 + rng.randint(-reach, reach)
-        for index, length in zip(cell, mask.size, strict=True)
-        for reach in (min(8, (CELL - length) // 2 - 1),)
+        length * index + (length - extent) // 2 + rng.randint(-reach, reach)
+        for index, extent in zip(cell, mask.size, strict=True)
+        for reach in (min(8, (length - extent) // 2 - 1),)
     )
     return Item(kind, color, side, turn, (left, top, left + mask.width, top + mask.height))
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from internvl_hub.examples.internvl_tiny import metrics
 from internvl_hub.examples.internvl_tiny.drawing import (
-    CANVASES,
     COLORS,
+    LAYOUTS,
     SHAPES,
     SPLITS,
     handwriting_indices,
@@ -238,12 +238,20 @@ def tile_grid(width: int, height: int) -> tuple[int, int]:
 
 
 def test_shapes_are_large_enough_in_the_tiles():
+    layouts = set()
     for seed in range(300):
         scene = random_scene(random.Random(seed))
         columns, rows = tile_grid(*scene.size)
-        scale = min(64 * columns / scene.size[0], 64 * rows / scene.size[1])
-        assert (columns, rows) in CANVASES and scale == 1
-        assert all(min(i.box[2] - i.box[0], i.box[3] - i.box[1]) >= 28 for i in scene.items)
+        assert scene.size == (64 * columns, 64 * rows)
+        least = min(min(i.box[2] - i.box[0], i.box[3] - i.box[1]) for i in scene.items)
+        assert least >= 17
+        layouts.add((columns, rows, 2 if least < 28 else 1))
+    assert layouts == set(LAYOUTS)
+
+
+def test_one_tile_holds_up_to_four_shapes():
+    scenes = [random_scene(random.Random(seed)) for seed in range(300)]
+    assert {len(scene.items) for scene in scenes if scene.size == (64, 64)} == {1, 2, 3, 4}
 
 
 def test_no_shape_crosses_a_tile_border():
