@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configuration_intern_vit import InternVisionConfig, drop_dead_vision_keys
 from .configuration_internlm2 import InternLM2Config
+from .native_internvl import config_from_native, is_native
 
 # Saved by the original code; each would either make a load fail where flash-attn is absent, or mislead the reader.
 _DEAD_LLM_KEYS = (
@@ -32,6 +33,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
     "AutoModelForImageTextToText": "modeling_internvl_chat.InternVLChatModel",
 }
+# transformers 5 reads both names and writes the first; released files and transformers 4 have the second.
+_NAMES_IN_4 = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 _DEFAULT_LLM = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
@@ -77,7 +80,9 @@ def modernise_llm_dict(values: dict[str, Any]) -> dict[str, Any]:
             rope.update({name: "longrope" for name in ("type", "rope_type") if name in rope})
     # The copies that are saved for transformers 4 hold less, and 5 would prefer them; edited ones stay.
     legacy = _legacy_rope(values.get("rope_parameters"))
-    if legacy and all(values.get(key) == legacy.get(key) for key in ("rope_theta", "rope_scaling")):
+    rotary = values.get("partial_rotary_factor", legacy.get("partial_rotary_factor"))
+    copies = {**values, "partial_rotary_factor": rotary}
+    if legacy and all(copies.get(key) == legacy.get(key) for key in ("rope_theta", "rope_scaling", *legacy)):
         values = {k: v for k, v in values.items() if k not in legacy}
     return values
 
@@ -108,7 +113,7 @@ def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` as transformers 4 reads them; without them it falls back to theta 10000."""
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}
-    legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    legacy: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", "default") != "default":
         dead = ["rope_theta", "rope_type", "type", "partial_rotary_factor"]
         if rope["rope_type"] == "longrope":  # Phi-3 has it beside rope_scaling and allows three fields in it
@@ -125,8 +130,8 @@ class InternVLChatConfig(PretrainedConfig):
     Args:
         vision_config: Fields of `InternVisionConfig`.
         llm_config: Fields of the language model's configuration; its class follows `architectures[0]` or `model_type`.
-        use_backbone_lora: LoRA rank stored inside the vision weights (0 in merged checkpoints).
-        use_llm_lora: LoRA rank stored inside the language weights (0 in merged checkpoints).
+        use_backbone_lora, use_llm_lora: LoRA rank of adapters stored inside the vision and language weights on disk;
+            0 in merged checkpoints and in every model in memory, since loading merges them.
         pad2square: Pad each tile to a square instead of stretching it.
         select_layer: -1 for the encoder's last hidden state, else an index into its hidden states (0 = embeddings).
         force_image_size: Tile side in pixels; overrides `vision_config.image_size`.
@@ -210,6 +215,12 @@ class InternVLChatConfig(PretrainedConfig):
         llm = output["llm_config"]
         if isinstance(llm, dict):
             llm.update({k: v for k, v in _legacy_rope(llm.get("rope_parameters")).items() if k not in llm})
+            for name, older in _NAMES_IN_4.get(llm.get("model_type"), {}).items():
+                if name in llm:
+                    llm[older] = llm.pop(name)
+        for part in (output, output["vision_config"], llm):
+            if isinstance(part, dict) and part.get("dtype") is not None:
+                part["torch_dtype"] = part["dtype"]
         return output
 
     @classmethod
@@ -222,14 +233,17 @@ class InternVLChatConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Reads `config.json`.
+        """Reads `config.json`, of the original layout or of transformers' own InternVL.
 
         Raises:
             ValueError: the folder holds another kind of checkpoint.
+            NativeLayoutError: a native checkpoint that this model cannot represent.
         """
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = config_dict.get("model_type", cls.model_type)
-        if found != cls.model_type:
+        if is_native(config_dict):
+            config_dict = config_from_native(config_dict)
+        elif found != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {found!r} checkpoint, not {cls.model_type!r}. Load it with "
                 "the class of its own format, or point to the original-layout repository."

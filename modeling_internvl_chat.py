@@ -7,6 +7,7 @@ Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_intern
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ if Version(transformers.__version__) < Version("5.11.0"):
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -30,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available, logging
 
 from .chat_internvl import InternVLChatMixin
+from .checkpoint_internvl import scan_files
 from .configuration_internvl_chat import InternVLChatConfig
 from .losses_internvl import (
     Targets,
@@ -40,6 +43,7 @@ from .losses_internvl import (
 )
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM
+from .native_internvl import foreign_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -125,11 +129,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         use_flash_attn: bool | None = None,
     ) -> None:
         if config.use_backbone_lora or config.use_llm_lora:
-            raise ValueError(
-                "This checkpoint stores LoRA adapters inside its weights (use_backbone_lora "
-                f"{config.use_backbone_lora}, use_llm_lora {config.use_llm_lora}). Merge them into the base weights "
-                "first and set both to 0."
-            )
+            config = _without_adapters(config)
         if use_flash_attn:
             _request_flash_attention(config)
         super().__init__(config)
@@ -144,6 +144,28 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         self._can_compile_fullgraph = getattr(self.language_model, "_can_compile_fullgraph", False)
         self._init_chat()
         self.post_init()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: InternVLChatModel,
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base class, for files of the native layout and for adapter-wrapped ones too.
+
+        Raises:
+            CheckpointError: a file is damaged.
+            LayoutError: the names are those of no layout.
+        """
+        if state_dict is None and checkpoint_files:
+            foreign = foreign_tensors(scan_files(checkpoint_files).checked().tensors, model.config)
+            if foreign is not None:
+                state_dict, checkpoint_files = foreign, None
+                if is_deepspeed_zero3_enabled():  # its loader scatters tensors and knows no lazy ones
+                    state_dict = {name: tensor[...] for name, tensor in foreign.items()}
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
     def _build_projector(config: InternVLChatConfig) -> nn.Sequential:
@@ -532,6 +554,16 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:
+    logger.warning(
+        f"use_backbone_lora {config.use_backbone_lora}, use_llm_lora {config.use_llm_lora}: adapters in a checkpoint "
+        "are merged into its weights when it is loaded; the model in memory has none. Train new ones with peft."
+    )
+    config = copy.deepcopy(config)
+    config.use_backbone_lora = config.use_llm_lora = 0
+    return config
 
 
 def _request_flash_attention(config: InternVLChatConfig) -> None:

@@ -1,15 +1,24 @@
 """Key maps and tensor operations, checked by running the other implementation on the converted weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CHAT, CHECKPOINTS, CONTEXT, INTERNLM2, LLAMA, PHI3, QWEN2, assert_same, batch, load
 from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from internvl_hub.configuration_internvl_chat import InternVLChatConfig
-from internvl_hub.weights_internvl import fuse_wqkv, internlm2_to_llama, original_to_native, split_wqkv
+from internvl_hub.weights_internvl import (
+    LayoutError,
+    fuse_wqkv,
+    internlm2_to_llama,
+    llama_to_internlm2,
+    native_to_original,
+    original_to_native,
+    split_wqkv,
+)
 
 GROUPS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 4), (8, 2), (4, 1)])
 HEAD_DIM, WIDTH = 6, 16
@@ -121,29 +130,67 @@ def _native_weights(name: str) -> dict[str, torch.Tensor]:
     return original_to_native(weights)
 
 
+def _native_model(name: str, config: InternVLChatConfig, folder: Path) -> InternVLForConditionalGeneration:
+    save_file(_native_weights(name), folder / "model.safetensors", metadata={"format": "pt"})
+    _native_config(config).save_pretrained(folder)
+    model, report = InternVLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    return model.eval()
+
+
 @pytest.mark.parametrize("name", [QWEN2, INTERNLM2, PHI3])
 @torch.no_grad()
-def test_converted_weights_give_the_same_logits_in_transformers(name: str) -> None:
+def test_converted_weights_give_the_same_logits_in_transformers(name: str, tmp_path: Path) -> None:
     model, inputs = load(name), batch(name, labels=False)
-    native = InternVLForConditionalGeneration(_native_config(model.config)).eval()
-    native.load_state_dict(_native_weights(name), strict=True)
+    native = _native_model(name, model.config, tmp_path)
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(native(**inputs).logits[seen], model(**inputs).logits[seen], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_converted_6b_encoder_gives_the_same_features_in_transformers() -> None:
+def test_converted_6b_encoder_gives_the_same_features_in_transformers(tmp_path: Path) -> None:
     """Query and key norms included; pixel shuffle v1 does not exist there, so the encoder alone is compared."""
     model, pixels = load(LLAMA), batch(LLAMA)["pixel_values"]
-    config = _native_config(model.config)
-    native = InternVLForConditionalGeneration(config).eval()
-    native.load_state_dict(_native_weights(LLAMA), strict=True)
-    hidden = native.model.vision_tower(pixels).last_hidden_state
+    hidden = _native_model(LLAMA, model.config, tmp_path).model.vision_tower(pixels).last_hidden_state
     torch.testing.assert_close(hidden, model.vision_model(pixels).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [QWEN2, INTERNLM2, PHI3])
+def test_names_are_those_that_transformers_saves(name: str, tmp_path: Path) -> None:
+    _native_model(name, load(name).config, tmp_path).save_pretrained(tmp_path / "again")
+    assert_same(load_file(tmp_path / "again" / "model.safetensors"), _native_weights(name))
+
+
+@pytest.mark.parametrize("name", [QWEN2, PHI3])
+def test_native_names_lead_back(name: str, tmp_path: Path) -> None:
+    """Those on disk and those that transformers has in memory."""
+    assert_same(native_to_original(_native_weights(name)), _weights(name))
+    in_memory = _native_model(name, load(name).config, tmp_path).state_dict()
+    assert_same(native_to_original(in_memory), _weights(name))
+
+
+def test_internlm2_names_lead_back() -> None:
+    llm = load(INTERNLM2).config.llm_config
+    own = {k: v for k, v in _weights(INTERNLM2).items() if k.startswith("language_model.")}
+    own = {k.removeprefix("language_model."): v for k, v in own.items()}
+    assert_same(llama_to_internlm2(_llama_weights(INTERNLM2), llm.num_attention_heads, llm.num_key_value_heads), own)
+
+
+@pytest.mark.parametrize(
+    ("convert", "name", "message"),
+    [
+        (original_to_native, "audio_model.weight", "audio_model.weight is no name of the original layout"),
+        (native_to_original, "vision_tower.head.weight", "is no name of the native layout"),
+        (native_to_original, "vision_tower.encoder.layer.0.attention.q_proj.weight", "has no counterpart .*k_proj"),
+    ],
+)
+def test_foreign_names_are_errors(convert: Any, name: str, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        convert({name: torch.zeros(2)})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_conversion_loses_no_number(name: str) -> None:
     converted = _native_weights(name)
     assert sum(t.numel() for t in converted.values()) == sum(t.numel() for t in _weights(name).values())
-    assert all(key.startswith(("model.", "lm_head.")) for key in converted)
+    assert all(key.startswith(("vision_tower.", "multi_modal_projector.", "language_model.")) for key in converted)

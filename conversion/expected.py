@@ -1,0 +1,93 @@
+"""What the tensors of a checkpoint should be: names and shapes from the configuration, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..checkpoint_internvl import LazyTensor
+from ..configuration_internvl_chat import InternVLChatConfig
+from ..modeling_internvl_chat import InternVLChatModel
+from ..native_internvl import config_to_native
+
+# Buffers that old transformers versions saved and no version reads.
+_DEAD_SUFFIXES = (".rotary_emb.inv_freq", ".position_ids")
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """How the tensors of a checkpoint compare with what its configuration asks for; each list is sorted.
+
+    Attributes:
+        missing: Names that should be there.
+        unexpected: Names that no model reads.
+        misshapen: (name, shape found, shape wanted).
+        dead: Names that may be left out without loss.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    dead: list[str]
+
+    @property
+    def sound(self) -> bool:
+        """Nothing missing, unexpected or misshapen."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+    def summary(self) -> str:
+        """One line: how many of each and examples."""
+        parts = []
+        for kind in ("missing", "unexpected", "misshapen"):
+            found = getattr(self, kind)
+            if found:
+                shown = ", ".join(
+                    f"{item[0]} {item[1]} instead of {item[2]}" if isinstance(item, tuple) else item
+                    for item in found[:3]
+                )
+                parts.append(f"{len(found)} {kind} ({shown}{', ...' if len(found) > 3 else ''})")
+        return "; ".join(parts) or "all tensors are as they should be"
+
+
+def expected_shapes(config: InternVLChatConfig, native: bool = False) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names on disk and shapes for a configuration, and those of them that tied weights make optional.
+
+    Args:
+        config: Of the checkpoint.
+        native: In transformers' own layout instead of the original one.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = (
+            InternVLForConditionalGeneration(InternVLConfig.from_dict(config_to_native(config)))
+            if native
+            else InternVLChatModel(config)
+        )
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    tied = set(revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k in _tied(model)}))
+    return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}, tied
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    found = set(getattr(model, "all_tied_weights_keys", {}))
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and name:
+            found |= {f"{name}.{key}" for key in getattr(module, "all_tied_weights_keys", {})}
+    return found
+
+
+def compare(tensors: Mapping[str, LazyTensor], config: InternVLChatConfig, native: bool = False) -> KeyReport:
+    """Compares tensors of a checkpoint (adapters merged) with its configuration."""
+    wanted, optional = expected_shapes(config, native)
+    extra = sorted(set(tensors) - set(wanted))
+    dead = [name for name in extra if name.endswith(_DEAD_SUFFIXES)]
+    shapes = {name: tuple(tensors[name].shape) for name in wanted if name in tensors}
+    return KeyReport(
+        missing=sorted(set(wanted) - set(tensors) - optional),
+        unexpected=[name for name in extra if name not in dead],
+        misshapen=[(name, shape, wanted[name]) for name, shape in sorted(shapes.items()) if shape != wanted[name]],
+        dead=dead,
+    )
