@@ -105,9 +105,19 @@ class InternVisionConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> InternVisionConfig:
-        """Also accepts a full InternVL checkpoint, of which it takes the `vision_config`."""
+        """Also accepts a full InternVL checkpoint, of which it takes the `vision_config`.
+
+        Raises:
+            ValueError: the encoder is of another kind, such as that of transformers' own InternVL layout.
+        """
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         config_dict = config_dict.get("vision_config", config_dict)
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {found!r} encoder, not {cls.model_type!r}. Load it with the "
+                "class of its own format, or point to the original-layout repository."
+            )
         return cls.from_dict(drop_dead_vision_keys(config_dict), **kwargs)
 
 

@@ -18,8 +18,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available, logging
 
 from .configuration_intern_vit import InternVisionConfig
+
+logger = logging.get_logger(__name__)
 
 # Published configurations say initializer_range 1e-10: a fresh or partly missing encoder would be dead.
 _SMALLEST_INITIALIZER_RANGE = 1e-4
@@ -91,6 +94,25 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def resize_position_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes a position table to another grid: bicubic, in float32; the class row and the dtype stay.
+
+    Args:
+        table: (1, 1 + side**2, D), class row first, patches row by row.
+        height, width: Wanted grid, in patches.
+
+    Returns:
+        (1, 1 + height * width, D); `table` itself where the grid is the same.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (height, width) == (side, side):
+        return table
+    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    grid = grid.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([table[:, :1], grid], dim=1)
+
+
 class InternVisionEmbeddings(nn.Module):
     """Patch embedding, class token and a learned position table that is resized bicubically to other grids."""
 
@@ -107,14 +129,7 @@ class InternVisionEmbeddings(nn.Module):
 
     def resized_positions(self, height: int, width: int) -> torch.Tensor:
         """The position table for a grid of `height` x `width` patches: (1, 1 + height * width, D)."""
-        table = self.position_embedding
-        side = round((table.shape[1] - 1) ** 0.5)
-        if (height, width) == (side, side):
-            return table
-        grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
-        grid = grid.flatten(2).transpose(1, 2).to(table.dtype)
-        return torch.cat([table[:, :1], grid], dim=1)
+        return resize_position_table(self.position_embedding, height, width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
@@ -240,10 +255,19 @@ class InternVisionModel(PreTrainedModel):
     Attention runs through transformers' interface (`sdpa` by default, `eager`, `flash_attention_2`, `flex_attention`).
     In float16 the norms and the residual stream are kept in float32, because the activations of the 6B encoder can
     leave float16's range.
+
+    `from_pretrained` takes a released encoder or a whole InternVL checkpoint, of which it loads `vision_model.*`;
+    transformers then reports the other weights as unexpected.
+
+    Args:
+        config: The configuration.
+        use_flash_attn: As existing scripts pass it: True asks for FlashAttention 2 and, where it is not available,
+            says so and uses SDPA.
     """
 
     config_class = InternVisionConfig
     config: InternVisionConfig
+    base_model_prefix = "vision_model"  # its name in whole checkpoints
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
@@ -254,7 +278,9 @@ class InternVisionModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules = ["norm1", "norm2", "q_norm", "k_norm"]
 
-    def __init__(self, config: InternVisionConfig) -> None:
+    def __init__(self, config: InternVisionConfig, use_flash_attn: bool | None = None) -> None:
+        if use_flash_attn:
+            _request_flash_attention(config)
         super().__init__(config)
         self.embeddings = InternVisionEmbeddings(config)
         self.encoder = InternVisionEncoder(config)
@@ -350,6 +376,13 @@ class InternVisionModel(PreTrainedModel):
                 f"pixel_values has shape {shape}; expected (tiles, {self.config.num_channels}, H, W) with H and W "
                 f"multiples of the patch size {patch}. Make it with InternVLImageProcessor."
             )
+
+
+def _request_flash_attention(config: InternVisionConfig) -> None:
+    if is_flash_attn_2_available():
+        config._attn_implementation = "flash_attention_2"
+    else:
+        logger.warning("use_flash_attn=True, but flash-attn is not usable here: using PyTorch's SDPA attention.")
 
 
 def _to_dtype(hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

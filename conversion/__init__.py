@@ -1,0 +1,1 @@
+"""Knowing, checking and converting InternVL checkpoints of every layout."""
