@@ -26,6 +26,20 @@ _DEAD_LLM_KEYS = (
     "_name_or_path",
     "auto_map",
 )
+# Fields that transformers 4 wrote into every configuration, at the values that mean nothing; 5 knows them no more.
+_DEAD_DEFAULTS: dict[str, Any] = {
+    "torchscript": False,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    **dict.fromkeys(
+        "cross_attention_hidden_size finetuning_task task_specific_params prefix sep_token_id decoder_start_token_id "
+        "tokenizer_class _commit_hash transformers_version image_fold bos_token_id eos_token_id pad_token_id".split()
+    ),
+}
 # What every saved checkpoint offers. A released file names fewer classes, and code of its own repository.
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -36,6 +50,11 @@ AUTO_MAP = {
 # transformers 5 reads both names and writes the first; released files and transformers 4 have the second.
 _NAMES_IN_4 = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 _DEFAULT_LLM = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def drop_dead_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns `values` without fields that transformers 4 left behind and that say nothing."""
+    return {k: v for k, v in values.items() if k not in _DEAD_DEFAULTS or v != _DEAD_DEFAULTS[k]}
 
 
 def language_model_type(llm_config: dict[str, Any]) -> str:
@@ -73,16 +92,16 @@ def modernise_llm_dict(values: dict[str, Any]) -> dict[str, Any]:
     Drops dead keys, renames the rope type `"su"` (Phi-3) to `"longrope"`, and reads `rope_parameters` before the
     copies of it that are saved for transformers 4.
     """
-    values = {k: copy.deepcopy(v) for k, v in values.items() if k not in _DEAD_LLM_KEYS}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")  # None differs from the class's own default
+    kept = drop_dead_defaults(values) | {name: values[name] for name in ids if name in values}
+    values = {k: copy.deepcopy(v) for k, v in kept.items() if k not in _DEAD_LLM_KEYS}
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
         if isinstance(rope, dict) and "su" in (rope.get("type"), rope.get("rope_type")):
             rope.update({name: "longrope" for name in ("type", "rope_type") if name in rope})
     # The copies that are saved for transformers 4 hold less, and 5 would prefer them; edited ones stay.
     legacy = _legacy_rope(values.get("rope_parameters"))
-    rotary = values.get("partial_rotary_factor", legacy.get("partial_rotary_factor"))
-    copies = {**values, "partial_rotary_factor": rotary}
-    if legacy and all(copies.get(key) == legacy.get(key) for key in ("rope_theta", "rope_scaling", *legacy)):
+    if legacy and all(values.get(key) == legacy.get(key) for key in ("rope_theta", "rope_scaling")):
         values = {k: v for k, v in values.items() if k not in legacy}
     return values
 
@@ -104,13 +123,15 @@ def build_vision_config(values: dict[str, Any] | PretrainedConfig | None) -> Pre
     """Makes a configuration object of a `vision_config` (dictionary, configuration object, None for defaults)."""
     if isinstance(values, PretrainedConfig):
         return values
-    values = drop_dead_vision_keys(values or {})
+    values = drop_dead_defaults(drop_dead_vision_keys(values or {}))
     values.pop("model_type", None)
+    if values.get("tie_word_embeddings"):  # the default of transformers 4; an encoder has no words
+        values.pop("tie_word_embeddings")
     return InternVisionConfig(**{"architectures": ["InternVisionModel"], **values})
 
 
 def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as transformers 4 reads them; without them it falls back to theta 10000."""
+    """The fields that transformers 4 reads instead of `rope_parameters`; without them it falls back to theta 10000."""
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}
     legacy: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
@@ -186,6 +207,7 @@ class InternVLChatConfig(PretrainedConfig):
         self.img_context_token_id = img_context_token_id
         self.system_message = system_message
         # Copies of the language model's fields (DeepSpeed reads hidden_size; heads are tied by llm_config alone).
+        kwargs = drop_dead_defaults(kwargs)
         kwargs.pop("hidden_size", None)
         kwargs.pop("_name_or_path", None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.llm_config, "tie_word_embeddings", False))
@@ -218,8 +240,13 @@ class InternVLChatConfig(PretrainedConfig):
             for name, older in _NAMES_IN_4.get(llm.get("model_type"), {}).items():
                 if name in llm:
                     llm[older] = llm.pop(name)
-        for part in (output, output["vision_config"], llm):
-            if isinstance(part, dict) and part.get("dtype") is not None:
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: as the base class, plus the name that transformers 4 has for `dtype`."""
+        output = super().to_diff_dict()
+        for part in (output, output["vision_config"], output["llm_config"]):
+            if part.get("dtype") is not None:
                 part["torch_dtype"] = part["dtype"]
         return output
 

@@ -124,6 +124,9 @@ class InternVLImagesKwargs(ImagesKwargs, total=False):
     max_dynamic_patch: int | None
     min_num: int | None
     max_num: int | None
+    min_patches: int | None
+    max_patches: int | None
+    crop_to_patches: bool | None
     use_thumbnail: bool | None
     dynamic_image_size: bool | None
     normalize_type: str | None
@@ -137,7 +140,14 @@ class InternVLImagesKwargs(ImagesKwargs, total=False):
 
 _FIELDS = frozenset(field.name for field in fields(ImageSettings))
 _NULLABLE = ("max_total_patches", "max_pixels")  # None is a value here; elsewhere it means "not given"
-_ALIASES = {"min_num": "min_dynamic_patch", "max_num": "max_dynamic_patch", "size": "image_size"}
+_ALIASES = {
+    "min_num": "min_dynamic_patch",
+    "max_num": "max_dynamic_patch",
+    "size": "image_size",
+    "min_patches": "min_dynamic_patch",  # these three: transformers' own InternVL
+    "max_patches": "max_dynamic_patch",
+    "crop_to_patches": "dynamic_image_size",
+}
 _ALWAYS = {  # arguments of other processors that may only say what this one always does
     "do_resize": True,
     "do_rescale": True,
@@ -206,10 +216,10 @@ class InternVLImageProcessor(BaseImageProcessor):
 
     Args:
         image_size: edge of a tile, pixels.
-        min_dynamic_patch, max_dynamic_patch (aliases `min_num`, `max_num`): fewest and most tiles of an image,
-            thumbnail not counted.
+        min_dynamic_patch, max_dynamic_patch (aliases `min_num`, `max_num`; `min_patches`, `max_patches`): fewest and
+            most tiles of an image, thumbnail not counted.
         use_thumbnail: append the whole image as one more tile, last, unless there is one tile only.
-        dynamic_image_size: tile by aspect ratio; `False` gives one tile and no thumbnail (video frames).
+        dynamic_image_size (alias `crop_to_patches`): tile by aspect ratio; `False` gives one tile and no thumbnail (video frames).
         normalize_type: "imagenet", "clip" or "siglip"; reads "custom" for other means.
         image_mean, image_std: per channel, in units of [0, 1]; they outweigh `normalize_type`.
         pad2square: centre the image on a square of its mean colour before resizing. The original does so per tile,
@@ -235,7 +245,13 @@ class InternVLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "InternVLImageProcessor":
-        """Build from a saved dictionary; keys that nobody knows are dropped with a warning."""
+        """Build from a saved dictionary; keys that nobody knows are dropped with a warning.
+
+        Files of transformers' own InternVL say `crop_to_patches` false though its processor tiles all the same: that
+        field of theirs is not read.
+        """
+        if str(image_processor_dict.get("image_processor_type", "")).startswith("GotOcr2"):
+            image_processor_dict = {k: v for k, v in image_processor_dict.items() if k != "crop_to_patches"}
         known = _FIELDS | set(_ALIASES) | _DEAD
         unknown = sorted(set(image_processor_dict) - known)
         if unknown:

@@ -78,7 +78,9 @@ def config_to_native(config: PretrainedConfig) -> dict[str, Any]:
     refuse_unrepresentable(config)
     vision, llm = config.vision_config, config.llm_config
     text = {k: v for k, v in config.to_dict()["llm_config"].items() if k not in ("auto_map", "architectures")}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     record: dict[str, Any] = {name: getattr(config, name) for name in _RECORDED}
+    record |= {name: getattr(config, name) for name in ids if getattr(config, name, None) is not None}
     record["vision_config"] = {"drop_path_rate": vision.drop_path_rate}
     record["llm_architecture"] = llm.architectures[0]
     if llm.model_type == "internlm2":
@@ -92,6 +94,7 @@ def config_to_native(config: PretrainedConfig) -> dict[str, Any]:
             **{native: getattr(vision, own) for own, native in _VISION_FIELDS.items()},
             "model_type": "internvl_vision",
             "architectures": ["InternVLVisionModel"],
+            "dtype": _dtype_name(vision),
             "image_size": [vision.image_size] * 2,
             "patch_size": [vision.patch_size] * 2,
             # Otherwise the native encoder ends in a norm that no checkpoint has.
@@ -155,6 +158,8 @@ def config_from_native(values: Mapping[str, Any]) -> dict[str, Any]:
     own_vision |= {name: _side(vision.get(name, size)) for name, size in (("image_size", 448), ("patch_size", 14))}
     native_defaults = {"qkv_bias": False, "qk_normalization": False, "norm_type": "layer_norm", "hidden_size": 1024,
                        "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}  # fmt: skip
+    if vision.get("dtype") is not None:
+        own_vision["dtype"] = vision["dtype"]
     model_type = text.get("model_type", "qwen2")
     text.setdefault("tie_word_embeddings", values.get("tie_word_embeddings", False))
     if architecture == "InternLM2ForCausalLM" and model_type == "llama":

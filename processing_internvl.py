@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from .configuration_internvl_chat import InternVLChatConfig
 from .conversation import (
     IMAGE_PLACEHOLDER,
     Segment,
@@ -41,6 +42,7 @@ _TEXT_OPTIONS = (
     "truncation",
     "add_special_tokens",
 )
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _IMAGE_SOURCES = ("image", "url", "path", "image_url", "base64")
 
 
@@ -114,6 +116,20 @@ class InternVLProcessor(ProcessorMixin):
             num_image_token=config.tokens_per_tile(1)[0],
             system_message=config.system_message,
         )
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As the base class; for transformers' own InternVL the fields follow from the model's configuration."""
+        values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "image_seq_length" in values:
+            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            config = InternVLChatConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            values = {
+                "template": config.template,
+                "num_image_token": config.tokens_per_tile(1)[0],
+                "system_message": config.system_message,
+            }
+        return values, unused
 
     @classmethod
     def _get_arguments_from_pretrained(

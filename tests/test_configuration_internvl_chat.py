@@ -328,8 +328,8 @@ def test_architecture_decides_and_model_type_stands_in(llm: dict[str, Any], mode
 
 
 def test_wrong_kind_of_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'internvl'.*'internvl_chat'"):
-        InternVLChatConfig.from_pretrained(_write(tmp_path, {"model_type": "internvl"}))
+    with pytest.raises(ValueError, match="'llava'.*'internvl_chat'"):
+        InternVLChatConfig.from_pretrained(_write(tmp_path, {"model_type": "llava"}))
 
 
 @pytest.mark.parametrize(

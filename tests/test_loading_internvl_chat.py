@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT, CHECKPOINTS, INTERNLM2, LLAMA, PHI3, QWEN2, assert_same, batch, chat_config, load
 
+from internvl_hub.checkpoint_internvl import CheckpointError
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 
 EACH = pytest.mark.parametrize("name", CHECKPOINTS)
@@ -220,15 +221,11 @@ def test_use_flash_attn_falls_back_with_a_warning(caplog: pytest.LogCaptureFixtu
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("field", ["use_llm_lora", "use_backbone_lora"])
-def test_lora_inside_the_weights_is_an_error(field: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{field} 16.*Merge them"):
-        load(QWEN2, _copy(QWEN2, tmp_path / "lora", **{field: 16}))
-
-
-def test_native_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'internvl' checkpoint"):
-        load(QWEN2, _copy(QWEN2, tmp_path / "native", model_type="internvl"))
+def test_damaged_weights_are_one_clear_sentence(tmp_path: Path) -> None:
+    folder = _copy(QWEN2, tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged or incomplete .*fetch it again"):
+        load(QWEN2, folder)
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.8.1"])
