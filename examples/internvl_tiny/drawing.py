@@ -218,7 +218,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Non-overlapping shapes on a plain background; `size` is (width, height) in pixels."""
+    """Non-overlapping shapes on a plain background, row by row from the left; `size` is (width, height) in pixels."""
 
     size: tuple[int, int]
     background: RGB
@@ -233,7 +233,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of 1-5 shapes, every number equally likely; half of the scenes repeat a few kinds and colours.
+    """A scene of 1-5 shapes in reading order, every number equally likely; half of them repeat a few kinds and colours.
 
     Each shape has a cell of the canvas to itself, a tile or a quarter of one, and varies in it in size and in place.
     """
@@ -243,14 +243,15 @@ def random_scene(rng: random.Random) -> Scene:
     few = rng.random() < 0.5
     kinds = rng.sample(SHAPES, rng.randint(1, 3)) if few else SHAPES
     colors = rng.sample(list(COLORS), rng.randint(1, 3)) if few else list(COLORS)
-    cells = rng.sample([(x, y) for y in range(rows * density) for x in range(columns * density)], wanted)
-    items = [_place(rng, cell, TILE // density, rng.choice(kinds), rng.choice(colors)) for cell in cells]
+    cells = [(x, y) for y in range(rows * density) for x in range(columns * density)]
+    chosen = sorted(rng.sample(range(len(cells)), wanted))
+    items = [_place(rng, cells[index], TILE // density, rng.choice(kinds), rng.choice(colors)) for index in chosen]
     return Scene((TILE * columns, TILE * rows), rng.choice(PASTELS), tuple(items))
 
 
 def _place(rng: random.Random, cell: tuple[int, int], length: int, kind: str, color: str) -> Item:
     """A shape inside a cell of `length` px, at least 1 px from its border and at most 8 px from its middle."""
-    side = rng.randint(34, 44) if length == TILE else rng.randint(21, 25)
+    side = rng.randint(34, 44) if length == TILE else rng.randint(22, 26)
     turn = rng.choice((-15, 0, 0, 15))
     mask = _shape_mask(kind, side, turn)
     left, top = (

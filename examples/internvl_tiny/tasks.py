@@ -29,9 +29,9 @@ BOX_STEP = 10
 TASKS: dict[str, tuple[str, float]] = {
     "numbers": ("number", 0.28), "digit_count": ("number", 0.03), "first_digit": ("number", 0.02),
     "last_digit": ("number", 0.02), "words": ("word", 0.20), "letter_count": ("word", 0.02),
-    "first_letter": ("word", 0.02), "color": ("scene", 0.07), "shape": ("scene", 0.06), "count": ("scene", 0.04),
-    "count_color": ("scene", 0.03), "count_shape": ("scene", 0.03), "exists": ("scene", 0.06),
-    "pointing": ("scene", 0.09), "sum": ("text", 0.02), "identity": ("text", 0.01),
+    "first_letter": ("word", 0.02), "color": ("scene", 0.07), "shape": ("scene", 0.06), "count": ("scene", 0.03),
+    "count_color": ("scene", 0.03), "count_shape": ("scene", 0.03), "exists": ("scene", 0.05),
+    "describe": ("scene", 0.02), "pointing": ("scene", 0.09), "sum": ("text", 0.02), "identity": ("text", 0.01),
 }  # fmt: skip
 PHRASES: dict[str, dict[Language, tuple[str, ...]]] = {
     "numbers": {"en": ("What number is written?", "What is the number?", "Read the number.", "Which number is this?"),
@@ -63,6 +63,8 @@ PHRASES: dict[str, dict[Language, tuple[str, ...]]] = {
     "exists": {"en": ("Is there {a} {color} {shape}?", "Do you see {a} {color} {shape}?",
                       "Is {a} {color} {shape} there?"),
                "zh": ("有{color}的{shape}吗？", "图中有{color}的{shape}吗？", "图中有没有{color}的{shape}？")},
+    "describe": {"en": ("What shapes are there?", "Which shapes do you see?", "List the shapes."),
+                 "zh": ("图中有哪些图形？", "有哪些图形？", "请列出图形。")},
     "pointing": {"en": ("Where is the {ref}?", "Find the {ref}.", "Point to the {ref}."),
                  "zh": ("{ref}在哪里？", "请找出{ref}。", "请指出{ref}。")},
     "sum": {"en": ("{left}+{right}=?", "What is {left}+{right}?", "How much is {left}+{right}?"),
@@ -115,6 +117,9 @@ def _word_it(rng: random.Random, ask: _Ask, scene: Scene | None = None) -> Turn:
     """Choose language and phrasing, translate names and answer."""
     language = rng.choice(LANGUAGES)
     words, answer, target = dict(ask.words), ask.answer, None
+    if ask.task == "describe" and scene is not None:
+        names = [_name(item.color, item.kind, language) for item in scene.items]
+        answer = ("、" if language == "zh" else ", ").join(names)
     if "color" in words:
         words["a"] = "an" if words["color"] == "orange" else "a"
     if "shape" in words:
@@ -123,11 +128,14 @@ def _word_it(rng: random.Random, ask: _Ask, scene: Scene | None = None) -> Turn:
         words = {key: CHINESE.get(value, value) for key, value in words.items()}
         answer = CHINESE.get(answer, answer)
     if ask.item is not None and scene is not None:
-        name = f"{words['color']}{'的' if language == 'zh' else ' '}{words['shape']}"
-        words["ref"] = f"<ref>{name}</ref>"
+        words["ref"] = f"<ref>{_name(ask.item.color, ask.item.kind, language)}</ref>"
         target = exact_box(ask.item, scene)
         answer = f"{words['ref']}<box>[[{', '.join(map(str, quantised(target)))}]]</box>"
     return Turn(rng.choice(PHRASES[ask.task][language]).format(**words), answer, ask.task, language, target)
+
+
+def _name(color: str, kind: str, language: Language) -> str:
+    return f"{CHINESE[color]}的{CHINESE[kind]}" if language == "zh" else f"{color} {kind}"
 
 
 def exact_box(item: Item, scene: Scene) -> tuple[float, float, float, float]:
@@ -166,6 +174,10 @@ def _ask_count(rng: random.Random, scene: Scene) -> _Ask:
     return _Ask("count", str(len(scene.items)))
 
 
+def _ask_describe(rng: random.Random, scene: Scene) -> _Ask:
+    return _Ask("describe", "")  # names are translated one by one
+
+
 def _ask_count_color(rng: random.Random, scene: Scene) -> _Ask:
     """One time in six about any colour, mostly an absent one, so that 0 occurs as an answer."""
     colors = [item.color for item in scene.items]
@@ -200,7 +212,7 @@ def _ask_pointing(rng: random.Random, scene: Scene) -> _Ask | None:
 
 _SCENE_ASKS: dict[str, Callable[[random.Random, Scene], _Ask | None]] = {
     "color": _ask_color, "shape": _ask_shape, "count": _ask_count, "count_color": _ask_count_color,
-    "count_shape": _ask_count_shape, "exists": _ask_exists, "pointing": _ask_pointing,
+    "count_shape": _ask_count_shape, "exists": _ask_exists, "describe": _ask_describe, "pointing": _ask_pointing,
 }  # fmt: skip
 
 
