@@ -92,9 +92,10 @@ class PromptEncoder:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special |= {token.content for token in added.values() if token.special}
         # The image tokens are forbidden even where a tokenizer has added them as ordinary ones.
-        forbidden = sorted((special | set(image_tokens)) - USER_MARKUP, key=len, reverse=True)
-        self._forbidden = re.compile("(" + "|".join(map(re.escape, forbidden)) + ")")
+        forbidden = (special | set(image_tokens)) - USER_MARKUP
         self._forbidden_ids = {self.token_id(token) for token in forbidden} - {None}
+        texts = sorted(forbidden | _former_names(tokenizer, self._forbidden_ids), key=len, reverse=True)
+        self._forbidden = re.compile("(" + "|".join(map(re.escape, texts)) + ")")
         ids = self._ids("", add_special_tokens=True)
         self.bos = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
         self._anchor = self._find_anchor(added)
@@ -228,6 +229,12 @@ class PromptEncoder:
             output.input_ids += [index] * repeat
             output.supervised += [on] * repeat
         return output
+
+
+def _former_names(tokenizer: Any, ids: set[int]) -> set[str]:
+    """Texts that SentencePiece itself reads as these ids: InternLM2's control tokens are renamed spare pieces."""
+    model = getattr(tokenizer, "sp_model", None)
+    return set() if model is None else {model.id_to_piece(index) for index in ids if index < model.get_piece_size()}
 
 
 def _blocks(segments: Sequence[Segment]) -> list[list[Segment]]:
