@@ -1,0 +1,118 @@
+"""A checkpoint opened for conversion: its configuration, and its tensors under original names without reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from ..checkpoint_internvl import CheckpointError, LazyTensor, Weights, read_json, scan_weights
+from ..configuration_internvl_chat import InternVLChatConfig
+from ..conversation import get_template
+from ..native_internvl import foreign_tensors
+from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
+from ..tokenization_internlm2 import InternLM2Tokenizer
+from .expected import compare
+from .folders import resolve
+
+_IMAGE_TOKENS = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
+
+
+@dataclass
+class Source:
+    """A checkpoint of any layout.
+
+    Attributes:
+        folder: Where it lies.
+        config: Of the original layout, without adapters.
+        weights: As on disk.
+        tensors: Under original names, adapters merged.
+        values: Its `config.json` as on disk.
+    """
+
+    folder: Path
+    config: InternVLChatConfig
+    weights: Weights
+    tensors: dict[str, LazyTensor]
+    values: dict[str, Any]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its weight files serve as they are: original names, no adapters, safetensors."""
+        suffixes = {path.suffix for path in self.weights.paths}
+        return self.tensors is self.weights.tensors and suffixes == {".safetensors"}
+
+
+def open_checkpoint(name_or_path: str | Path, **hub_options: Any) -> Source:
+    """Opens a folder or a Hub repository and checks names and shapes of all its tensors.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the tensors are not those that the configuration asks for.
+        ValueError: a kind of checkpoint that this package does not know.
+    """
+    folder = resolve(name_or_path, **hub_options)
+    values = read_json(folder / "config.json")
+    config = InternVLChatConfig.from_pretrained(folder)
+    config.use_backbone_lora = config.use_llm_lora = 0
+    config._name_or_path = ""
+    weights = scan_weights(folder).checked()
+    tensors = foreign_tensors(weights.tensors, config)
+    tensors = weights.tensors if tensors is None else tensors
+    report = compare(tensors, config)
+    if not report.sound:
+        raise CheckpointError(f"{folder}: weights and config.json do not belong together: {report.summary()}.")
+    if report.dead:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in report.dead}
+    return Source(folder, config, weights, tensors, values)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder that `make_loadable` wrote, without running code from the folder."""
+    values = read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") == InternLM2Tokenizer.__name__:
+        return InternLM2Tokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def settle_context_token(config: InternVLChatConfig, tokenizer: Any, rows: int) -> None:
+    """Writes the id of `<IMG_CONTEXT>` into the configuration, after checking the ids that prompts need.
+
+    Args:
+        config: Changed in place.
+        tokenizer: Of the checkpoint.
+        rows: Of the embedding table.
+
+    Raises:
+        CheckpointError: the tokenizer lacks an image token, or has ids beyond the table.
+    """
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _IMAGE_TOKENS}
+    if missing := [token for token, number in ids.items() if number in (None, tokenizer.unk_token_id)]:
+        raise CheckpointError(f"the tokenizer has no {missing[0]} token: take the tokenizer of the InternVL release.")
+    ids |= {tokenizer.eos_token: tokenizer.eos_token_id, tokenizer.pad_token: tokenizer.pad_token_id}
+    for token, number in ids.items():
+        if number is not None and number >= rows:
+            raise CheckpointError(
+                f"token {token} has id {number}, but the embedding table has {rows} rows: tokenizer and weights do "
+                "not belong together."
+            )
+    config.img_context_token_id = ids[IMG_CONTEXT_TOKEN]
+
+
+def generation_config(folder: Path, config: InternVLChatConfig, tokenizer: Any) -> GenerationConfig:
+    """The released generation settings with every stop token of the template and the tokenizer, and a pad token."""
+    path = folder / "generation_config.json"
+    released = GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig()
+    end = tokenizer.convert_tokens_to_ids(get_template(config.template).end_of_turn)
+    end = None if end == tokenizer.unk_token_id else end
+    stops = [end, tokenizer.eos_token_id, *_ids(released.eos_token_id)]
+    released.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None)) or None
+    if released.pad_token_id is None:
+        released.pad_token_id = tokenizer.pad_token_id
+    return released
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
