@@ -208,6 +208,9 @@ def _scan_file(path: Path, weights: Weights) -> None:
     except (SafetensorError, OSError) as error:
         weights.problems.append(f"{path} is damaged or incomplete ({error}): fetch it again.")
         return
+    except RuntimeError as error:  # the system refuses to map a very large file
+        weights.problems.append(f"{path} cannot be mapped into memory ({error}).")
+        return
     weights.paths.append(path)
 
 

@@ -43,6 +43,7 @@ _TEXT_OPTIONS = (
     "add_special_tokens",
 )
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_SETTINGS = "_image_settings"
 _IMAGE_SOURCES = ("image", "url", "path", "image_url", "base64")
 
 
@@ -57,6 +58,12 @@ class _Row:
     segments: list[Segment]
     media: list[tuple[Any, bool]]
     bos: bool = True
+
+
+def image_settings(config: InternVLChatConfig) -> dict[str, Any]:
+    """Arguments of the `InternVLImageProcessor` that fits a model."""
+    names = ("min_dynamic_patch", "max_dynamic_patch", "dynamic_image_size", "use_thumbnail", "pad2square")
+    return {"image_size": config.image_size, **{name: getattr(config, name) for name in names}}
 
 
 class InternVLProcessor(ProcessorMixin):
@@ -92,25 +99,16 @@ class InternVLProcessor(ProcessorMixin):
         self.image_token = IMAGE_PLACEHOLDER
 
     @classmethod
-    def from_model_config(cls, config: Any, tokenizer: Any, **image_settings: Any) -> InternVLProcessor:
+    def from_model_config(cls, config: Any, tokenizer: Any, **settings: Any) -> InternVLProcessor:
         """The processor that fits a model.
 
         Args:
             config: `InternVLChatConfig`.
             tokenizer: The checkpoint's tokenizer.
-            **image_settings: Fields of `InternVLImageProcessor` that the configuration does not know.
+            **settings: Fields of `InternVLImageProcessor` that the configuration does not know.
         """
-        settings = {
-            "image_size": config.image_size,
-            "min_dynamic_patch": config.min_dynamic_patch,
-            "max_dynamic_patch": config.max_dynamic_patch,
-            "dynamic_image_size": config.dynamic_image_size,
-            "use_thumbnail": config.use_thumbnail,
-            "pad2square": config.pad2square,
-            **image_settings,
-        }
         return cls(
-            InternVLImageProcessor(**settings),
+            InternVLImageProcessor(**{**image_settings(config), **settings}),
             tokenizer,
             template=config.template,
             num_image_token=config.tokens_per_tile(1)[0],
@@ -119,15 +117,20 @@ class InternVLProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As the base class; for transformers' own InternVL the fields follow from the model's configuration."""
+        """As the base class; where no processor of this class was saved, its fields follow from the model's config.
+
+        That is so for released repositories and for transformers' own InternVL.
+        """
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if "image_seq_length" in values:
+        if "template" not in values:
             where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
             config = InternVLChatConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            tiles_saved = "image_seq_length" in values
             values = {
                 "template": config.template,
                 "num_image_token": config.tokens_per_tile(1)[0],
                 "system_message": config.system_message,
+                _SETTINGS: {} if tiles_saved else image_settings(config),
             }
         return values, unused
 
@@ -136,7 +139,15 @@ class InternVLProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
         # This file's own image processor, not the one that a repository's auto_map names: it needs no remote code.
-        image_processor = InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        settings = (processor_dict or {}).pop(_SETTINGS, {})
+        image_processor = (
+            InternVLImageProcessor(**settings)
+            if settings
+            else InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        )
+        if kwargs.get("trust_remote_code") is None:  # else AutoTokenizer asks about the model's code, needing none
+            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            kwargs["config"] = InternVLChatConfig.from_pretrained(pretrained_model_name_or_path, **where)
         return [
             image_processor,
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),

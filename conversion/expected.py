@@ -66,8 +66,9 @@ def expected_shapes(config: InternVLChatConfig, native: bool = False) -> tuple[d
             if native
             else InternVLChatModel(config)
         )
-    on_disk = revert_weight_conversion(model, model.state_dict())
-    tied = set(revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k in _tied(model)}))
+    state, shared = model.state_dict(), _tied(model)
+    on_disk = revert_weight_conversion(model, state)
+    tied = set(revert_weight_conversion(model, {name: state[name] for name in shared if name in state}))
     return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}, tied
 
 

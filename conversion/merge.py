@@ -1,4 +1,4 @@
-"""Adapters merged into the weights that they adapt: `merge` writes a plain checkpoint with the base's configuration."""
+"""Adapters merged into the weights that they adapt: `merge` writes a plain checkpoint with the base's settings."""
 
 from __future__ import annotations
 

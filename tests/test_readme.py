@@ -46,3 +46,11 @@ def test_readme_blocks_run(root: Path, tmp_path: Path) -> None:
     assert first_answer == expected[1], "the number in the first example image"
     assert "<box>" in done.stdout
     assert (tmp_path / "runs" / "mine").is_dir()
+
+
+def test_conversion_page_blocks_run(root: Path, tmp_path: Path) -> None:
+    (block,) = BLOCK.findall((root / "docs" / "conversion.md").read_text(encoding="utf-8"))
+    (tmp_path / "checkpoints").symlink_to(root / "checkpoints", target_is_directory=True)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "original layout" in done.stdout and (tmp_path / "build" / "native" / "model.safetensors").is_file()
