@@ -219,7 +219,8 @@ class InternVLImageProcessor(BaseImageProcessor):
         min_dynamic_patch, max_dynamic_patch (aliases `min_num`, `max_num`; `min_patches`, `max_patches`): fewest and
             most tiles of an image, thumbnail not counted.
         use_thumbnail: append the whole image as one more tile, last, unless there is one tile only.
-        dynamic_image_size (alias `crop_to_patches`): tile by aspect ratio; `False` gives one tile and no thumbnail (video frames).
+        dynamic_image_size (alias `crop_to_patches`): tile by aspect ratio; `False` gives one tile and no thumbnail
+            (video frames).
         normalize_type: "imagenet", "clip" or "siglip"; reads "custom" for other means.
         image_mean, image_std: per channel, in units of [0, 1]; they outweigh `normalize_type`.
         pad2square: centre the image on a square of its mean colour before resizing. The original does so per tile,

@@ -6,14 +6,12 @@ weights when loading and back when saving. Packing, attention backends, caches a
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .configuration_internlm2 import InternLM2Config
-from .weights_internvl import internlm2_conversions, internlm2_to_llama
+from .resuming_internvl import accept_disk_names
+from .weights_internvl import internlm2_conversions
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
@@ -24,18 +22,7 @@ class InternLM2ForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)
-        # `load_state_dict` with weights as they are on disk is what Trainer does when it resumes.
-        self.register_load_state_dict_pre_hook(_translate_disk_names)
-
-
-def _translate_disk_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    own = {key[len(prefix) :]: key for key in state_dict if key.startswith(prefix)}
-    if not any(".wqkv." in key for key in own):
-        return
-    config = module.config
-    values = {short: state_dict.pop(key) for short, key in own.items()}
-    for short, tensor in internlm2_to_llama(values, config.num_attention_heads, config.num_key_value_heads).items():
-        state_dict[prefix + short] = tensor
+        self.register_load_state_dict_pre_hook(accept_disk_names)  # for use without InternVL around it
 
 
 # Every model folder executes this file anew, hence `overwrite`.

@@ -44,6 +44,7 @@ from .losses_internvl import (
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM
 from .native_internvl import foreign_tensors
+from .resuming_internvl import accept_disk_names
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         self.num_image_token = config.tokens_per_tile(1)[0]
         self._can_compile_fullgraph = getattr(self.language_model, "_can_compile_fullgraph", False)
         self._init_chat()
+        self.register_load_state_dict_pre_hook(accept_disk_names)
         self.post_init()
 
     @staticmethod

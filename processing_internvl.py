@@ -8,9 +8,11 @@ given to `processor(text=...)` is trusted markup. Images go through `InternVLIma
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ _TEXT_OPTIONS = (
     "add_special_tokens",
 )
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 _SETTINGS = "_image_settings"
 _IMAGE_SOURCES = ("image", "url", "path", "image_url", "base64")
 
@@ -58,6 +61,18 @@ class _Row:
     segments: list[Segment]
     media: list[tuple[Any, bool]]
     bos: bool = True
+
+
+def make_readable_by_v4(path: Path) -> None:
+    """Rewrites two fields of a `tokenizer_config.json` that transformers 5 writes in ways 4 cannot read."""
+    if not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def image_settings(config: InternVLChatConfig) -> dict[str, Any]:
@@ -114,6 +129,15 @@ class InternVLProcessor(ProcessorMixin):
             num_image_token=config.tokens_per_tile(1)[0],
             system_message=config.system_message,
         )
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As the base class; the tokenizer's file stays readable by transformers 4."""
+        hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if push_to_hub and name in kwargs}
+        saved = super().save_pretrained(save_directory, **kwargs)
+        make_readable_by_v4(Path(save_directory) / "tokenizer_config.json")
+        if push_to_hub:  # the base class would push before the file is mended
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub})
+        return saved
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

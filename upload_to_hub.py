@@ -290,12 +290,28 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str |
     for file in [*data, *code]:
         shutil.copyfile(file, staged / file.name)
     _write_json(staged / "config.json", config)
+    make_readable_by_v4(staged / "tokenizer_config.json")
     processor = checkpoint / "processor_config.json"
     saved = read_json(processor) if processor.is_file() else derive_processor(staged)
     _write_json(staged / processor.name, processor_config(saved))
     if not (staged / "README.md").exists():
         (staged / "README.md").write_text(model_card(**card), encoding="utf-8")
     (staged / MARKER).touch()
+
+
+def make_readable_by_v4(path: Path) -> None:
+    """Rewrite two fields of a ``tokenizer_config.json`` that transformers 5 writes in ways 4 cannot read.
+
+    The same as in ``processing_internvl.py``, which this script must not import.
+    """
+    if not path.is_file():
+        return
+    values = read_json(path)
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(path, values)
 
 
 def _refuse_loss(checkpoint: Path, folder: Path, overwrite: bool) -> None:

@@ -117,7 +117,7 @@ def test_native_offload_and_precision(name: str, tmp_path: Path) -> None:
     assert_same(half.state_dict(), load(name, dtype=torch.bfloat16).state_dict())
 
 
-# ------------------------------------------------------------------------------------------------ what does not convert
+# ----------------------------------------------------------------------------------------------- what does not convert
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,18 @@ into it. The original divides inside every micro-batch and averages the quotient
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..losses_internvl import IGNORE_INDEX, shift_targets
 from .arguments import InternVLTrainingArguments
@@ -175,6 +179,45 @@ class InternVLTrainer(Trainer):
             by_id = {id(p): rate for name, p in named for key, rate in chosen.items() if key in name}
             optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, by_id)]
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the parent's, which has the model's `load_state_dict` translate names on disk; shards all at once."""
+        if not self._load_shards(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As the parent's, which would go on with the last weights if those of the best checkpoint were not there.
+
+        Raises:
+            FileNotFoundError: the best checkpoint has no weights.
+        """
+        folder = self.state.best_model_checkpoint
+        if self._load_shards(folder):
+            return
+        if not self._has_own_format() and not [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]:
+            raise FileNotFoundError(
+                f"the best checkpoint {folder} has no weights on this machine; was it deleted? On several machines "
+                "without a shared disk set save_on_each_node=True"
+            )
+        super()._load_best_model()
+
+    def _has_own_format(self) -> bool:
+        """Whether checkpoints are written by something else than `save_pretrained` of the whole model."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config")
+
+    def _load_shards(self, folder: str) -> bool:
+        """Loads a sharded checkpoint, False if it is none.
+
+        The parent takes one file after the other, but a fused weight may need tensors of two (the experts of a
+        Qwen3-MoE layer), and compares names on disk with those in memory.
+        """
+        index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+        if self._has_own_format() or not index.is_file():
+            return False
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = {name: tensor for file in files for name, tensor in load_file(index.parent / file).items()}
+        self._issue_warnings_after_load(self.model.load_state_dict(weights, strict=False))
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuses a checkpoint that does not restore every weight; the parent would go on with the wrong ones."""

@@ -1,7 +1,8 @@
 """Pictures for InternVL-tiny: strings of real handwritten digits, coloured shapes, printed words.
 
 Everything is drawn from a `random.Random` and nothing else, so a picture is a pure function of its seed. Sizes are
-chosen for 64 px tiles: about two digits or four letters per tile, shapes of at least 20 px, up to four in a tile. This module also owns which handwriting and which words belong to train, val and test; it asks no questions.
+chosen for 64 px tiles: about two digits or four letters per tile, shapes of at least 20 px, up to four in a tile. This
+module also owns which handwriting and which words belong to train, val and test; it asks no questions.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of 1-5 shapes in reading order, every number equally likely; half of them repeat a few kinds and colours.
+    """A scene of 1-5 shapes in reading order, each number as likely; half of them repeat a few kinds and colours.
 
     Each shape has a cell of the canvas to itself, a tile or a quarter of one, and varies in it in size and in place.
     """
