@@ -467,14 +467,16 @@ def test_video_frames_are_one_tile_each(processor, picture):
 
 
 def test_unknown_and_contradictory_arguments(processor, picture):
-    with pytest.raises(TypeError, match="max_patches"):
-        processor(picture, max_patches=3)
-    with pytest.raises(TypeError, match="max_patches"):
-        InternVLImageProcessor(max_patches=3)
+    with pytest.raises(TypeError, match="max_tiles"):
+        processor(picture, max_tiles=3)
+    with pytest.raises(TypeError, match="max_tiles"):
+        InternVLImageProcessor(max_tiles=3)
     with pytest.raises(ValueError, match="do_normalize"):
         processor(picture, do_normalize=False)
     with pytest.raises(ValueError, match="same setting"):
         processor(picture, max_num=3, max_dynamic_patch=4)
+    with pytest.raises(ValueError, match="same setting"):
+        processor(picture, max_patches=3, max_dynamic_patch=4)
     with pytest.raises(ValueError, match="normalize_type"):
         processor(picture, normalize_type="imagnet")
     with pytest.raises(ValueError, match="square"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from internvl_hub import upload_to_hub
+from internvl_hub.app import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -86,8 +87,9 @@ def test_wheel_imports_without_the_repository(wheel: Path, tmp_path: Path) -> No
 
 
 def test_console_script_points_at_the_tool() -> None:
-    assert PROJECT["project"]["scripts"] == {"internvl-upload": "internvl_hub.upload_to_hub:main"}
-    assert callable(upload_to_hub.main)
+    scripts = {"internvl": "internvl_hub.app.cli:main", "internvl-upload": "internvl_hub.upload_to_hub:main"}
+    assert PROJECT["project"]["scripts"] == scripts
+    assert callable(upload_to_hub.main) and callable(cli.main)
 
 
 def _make_targets() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ _SPECIFIC: dict[str, tuple[str, dict[str, Any]]] = {
 def llm_dict(model_type: str, **changes: Any) -> dict[str, Any]:
     """A tiny `llm_config` as it stands in a released file."""
     architecture, specific = _SPECIFIC[model_type]
-    return {**_BASE, "model_type": model_type, "architectures": [architecture], **specific, **changes}
+    values = {**_BASE, "model_type": model_type, "architectures": [architecture], **specific, **changes}
+    return copy.deepcopy(values)  # transformers writes into the rope dictionary that it is given
 
 
 def vision_dict(**changes: Any) -> dict[str, Any]:

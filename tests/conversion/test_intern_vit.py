@@ -468,7 +468,9 @@ def test_another_layer_than_the_last_is_mentioned(
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments"), [(cut_layers, (1,)), (resize_positions, (84,)), (to_pytorch, ())], ids=lambda x: str(x)
+    ("function", "arguments"),
+    [(cut_layers, (1,)), (resize_positions, (84,)), (to_pytorch, ())],
+    ids=["cut", "resize", "to_pytorch"],
 )
 def test_chat_checkpoints_are_no_encoders(
     function: Callable[..., Any], arguments: tuple[int, ...], tmp_path: Path

@@ -158,6 +158,9 @@ def true_answer(turn: Turn, items) -> str:
         return "Yes" if match else "No"
     if turn.task.startswith("count"):
         return str(len(match))
+    if turn.task == "describe":
+        names = [(CHINESE[i.color] + "的" + CHINESE[i.kind], f"{i.color} {i.kind}") for i in items]
+        return "、".join(zh for zh, _ in names) if turn.language == "zh" else ", ".join(en for _, en in names)
     assert len(match) == 1
     return match[0].color if turn.task == "color" else match[0].kind
 
@@ -247,6 +250,16 @@ def test_shapes_are_large_enough_in_the_tiles():
         assert least >= 17
         layouts.add((columns, rows, 2 if least < 28 else 1))
     assert layouts == set(LAYOUTS)
+
+
+def test_shapes_are_in_reading_order():
+    """Row by row from the left; a row of cells is 64 or 32 px high and every shape stays in its cell."""
+    for seed in range(300):
+        scene = random_scene(random.Random(seed))
+        middles = [((i.box[0] + i.box[2]) / 2, (i.box[1] + i.box[3]) / 2) for i in scene.items]
+        small = any(item.side < 30 for item in scene.items)
+        cells = [(int(y // (32 if small else 64)), int(x // (32 if small else 64))) for x, y in middles]
+        assert cells == sorted(cells) and len(set(cells)) == len(cells)
 
 
 def test_one_tile_holds_up_to_four_shapes():
