@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import GenerationConfig, TrainerCallback, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from ...data.dataset import ConversationDataset, Features
 from ...data.records import Record
@@ -114,8 +114,19 @@ def make_arguments(recipe: dict[str, Any], work: Path) -> InternVLTrainingArgume
     )
 
 
-def make_trainer(recipe: dict[str, Any], work: Path) -> InternVLTrainer:
-    """Everything that `recipe` describes, ready to train."""
+def load_start(folder: Path, tokenizer: PreTrainedTokenizerFast) -> InternVLChatModel:
+    """The model of an earlier run, in float32, to train on.
+
+    Raises:
+        ValueError: it was trained with another tokenizer, as after a change of the tasks.
+    """
+    if PreTrainedTokenizerFast.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{folder} has another vocabulary than the tasks now have: train from nothing.")
+    return InternVLChatModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_trainer(recipe: dict[str, Any], work: Path, start: Path | None = None) -> InternVLTrainer:
+    """Everything that `recipe` describes, ready to train; with the weights of `start` instead of fresh ones."""
     set_seed(recipe["seed"])
     tokenizer = build_tokenizer()
     config = make_config(recipe["model"], tokenizer)
@@ -125,7 +136,7 @@ def make_trainer(recipe: dict[str, Any], work: Path) -> InternVLTrainer:
     stages = [Stage(**stage) for stage in recipe["stages"]]
     records = MixtureRecords(stages, micro * parts, recipe["seed"], processor.image_processor)
     dataset = ConversationDataset(records, tokenizer, processor.image_processor, config, args.max_seq_length)
-    model = InternVLChatModel(config)
+    model = InternVLChatModel(config) if start is None else load_start(start, tokenizer)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=False, **ids)
     return InternVLTrainer(
@@ -157,11 +168,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/internvl-tiny"), help="checkpoints of the run")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--samples", type=int, default=400, help="test questions per task")
+    parser.add_argument("--init", type=Path, help="train the weights of this checkpoint instead of fresh ones")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --work")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe)
-    trainer = make_trainer(recipe, arguments.work)
+    trainer = make_trainer(recipe, arguments.work, arguments.init)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if trainer.is_world_process_zero():
         write_checkpoint(trainer, recipe, arguments.output, arguments.samples)

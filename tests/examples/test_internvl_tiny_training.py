@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CHAT, QWEN2, assert_same
 
 from internvl_hub.examples.internvl_tiny import evaluate, model, train
 from internvl_hub.examples.internvl_tiny.model import MixtureRecords, Stage
@@ -48,6 +51,18 @@ def test_folder_of_a_short_run(
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--samples", "1", "--split", "val"])
     evaluate.main()
     assert f"| all | {len(TASKS) + 2} |" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_earlier_weights(root: Path, tmp_path: Path) -> None:
+    start = root / "checkpoints" / "internvl-tiny-start"
+    recipe = model.load_recipe()
+    recipe["stages"] = [{"steps": 1, "max_tiles": 1}]
+    trainer = train.make_trainer(recipe, tmp_path, start)
+    stored = load_file(start / "model.safetensors")
+    assert_same(trainer.model.state_dict(), {name: tensor.float() for name, tensor in stored.items()})
+    assert trainer.model.dtype == torch.float32
+    with pytest.raises(ValueError, match="another vocabulary"):
+        train.make_trainer(recipe, tmp_path, CHAT / QWEN2)
 
 
 def test_curriculum(trainer: train.InternVLTrainer) -> None:
