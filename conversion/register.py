@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -38,7 +40,8 @@ def register() -> None:
         auto.register(InternVLChatConfig, InternVLChatModel, exist_ok=True)
     AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
     AutoTokenizer.register(InternLM2Config, InternLM2Tokenizer, exist_ok=True)
-    AutoImageProcessor.register(
-        InternVLChatConfig, image_processor_classes={"pil": InternVLImageProcessor}, exist_ok=True
-    )
+    with suppress(ImportError):  # below 5.18 transformers keeps this class from those without torchvision
+        AutoImageProcessor.register(
+            InternVLChatConfig, image_processor_classes={"pil": InternVLImageProcessor}, exist_ok=True
+        )
     AutoProcessor.register(InternVLChatConfig, InternVLProcessor, exist_ok=True)
