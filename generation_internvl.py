@@ -12,12 +12,18 @@ from transformers import GenerationConfig
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 
-def _id_list(value: Any) -> list[int]:
+def id_list(value: Any) -> list[int]:
+    """Ids given as nothing, a number, a list or a tensor."""
     if value is None:
         return []
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def stop_ids(*values: Any) -> list[int]:
+    """All of these ids (see `id_list`), each once, in order."""
+    return list(dict.fromkeys(number for value in values for number in id_list(value)))
 
 
 def generation_options(
@@ -35,10 +41,9 @@ def generation_options(
     given = generation_config if isinstance(generation_config, GenerationConfig) else None
     given = options.pop("generation_config", given)
     values: dict[str, Any] = {}
-    stops = _id_list(end_of_turn)
-    stops += _id_list(tokenizer.eos_token_id) + _id_list(model.generation_config.eos_token_id)
-    stops += _id_list(options.get("eos_token_id")) + _id_list(getattr(given, "eos_token_id", None))
-    values["eos_token_id"] = list(dict.fromkeys(stops)) or None
+    own = (end_of_turn, tokenizer.eos_token_id, model.generation_config.eos_token_id)
+    stops = stop_ids(*own, options.get("eos_token_id"), getattr(given, "eos_token_id", None))
+    values["eos_token_id"] = stops or None
     pads = (options.get("pad_token_id"), getattr(given, "pad_token_id", None), tokenizer.pad_token_id)
     values["pad_token_id"] = next((p for p in pads if p is not None), stops[0] if stops else 0)
     limits = ("max_new_tokens", "max_length")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -280,7 +280,7 @@ class InternVisionModel(PreTrainedModel):
 
     def __init__(self, config: InternVisionConfig, use_flash_attn: bool | None = None) -> None:
         if use_flash_attn:
-            _request_flash_attention(config)
+            request_flash_attention(config)
         super().__init__(config)
         self.embeddings = InternVisionEmbeddings(config)
         self.encoder = InternVisionEncoder(config)
@@ -378,7 +378,8 @@ class InternVisionModel(PreTrainedModel):
             )
 
 
-def _request_flash_attention(config: InternVisionConfig) -> None:
+def request_flash_attention(config: PretrainedConfig) -> None:
+    """Asks for FlashAttention 2 in a configuration and its parts; says so and leaves SDPA where it is not usable."""
     if is_flash_attn_2_available():
         config._attn_implementation = "flash_attention_2"
     else:

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import logging
 
 from .chat_internvl import InternVLChatMixin
 from .checkpoint_internvl import scan_files
@@ -41,7 +41,7 @@ from .losses_internvl import (
     shift_targets,
     weighted_cross_entropy_sum,
 )
-from .modeling_intern_vit import InternVisionModel
+from .modeling_intern_vit import InternVisionModel, request_flash_attention
 from .modeling_internlm2 import InternLM2ForCausalLM
 from .native_internvl import foreign_tensors
 from .resuming_internvl import accept_disk_names
@@ -132,7 +132,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         if config.use_backbone_lora or config.use_llm_lora:
             config = _without_adapters(config)
         if use_flash_attn:
-            _request_flash_attention(config)
+            request_flash_attention(config)
         super().__init__(config)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
         self.language_model = build_language_model(config.llm_config) if language_model is None else language_model
@@ -566,13 +566,6 @@ def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:
     config = copy.deepcopy(config)
     config.use_backbone_lora = config.use_llm_lora = 0
     return config
-
-
-def _request_flash_attention(config: InternVLChatConfig) -> None:
-    if is_flash_attn_2_available():
-        config._attn_implementation = "flash_attention_2"
-    else:
-        logger.warning("use_flash_attn=True, but flash-attn is not usable here: using PyTorch's SDPA attention.")
 
 
 def _check_loss_normaliser(loss_weight: Any, num_items_in_batch: Any) -> None:

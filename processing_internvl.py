@@ -75,6 +75,11 @@ def make_readable_by_v4(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _model_config(name_or_path: Any, options: dict[str, Any]) -> InternVLChatConfig:
+    where = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    return InternVLChatConfig.from_pretrained(name_or_path, **where)
+
+
 def image_settings(config: InternVLChatConfig) -> dict[str, Any]:
     """Arguments of the `InternVLImageProcessor` that fits a model."""
     names = ("min_dynamic_patch", "max_dynamic_patch", "dynamic_image_size", "use_thumbnail", "pad2square")
@@ -147,8 +152,7 @@ class InternVLProcessor(ProcessorMixin):
         """
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "template" not in values:
-            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            config = InternVLChatConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            config = _model_config(pretrained_model_name_or_path, kwargs)
             tiles_saved = "image_seq_length" in values
             values = {
                 "template": config.template,
@@ -170,8 +174,7 @@ class InternVLProcessor(ProcessorMixin):
             else InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         )
         if kwargs.get("trust_remote_code") is None:  # else AutoTokenizer asks about the model's code, needing none
-            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            kwargs["config"] = InternVLChatConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            kwargs["config"] = _model_config(pretrained_model_name_or_path, kwargs)
         return [
             image_processor,
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),

@@ -286,14 +286,14 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str |
     weights, data = weight_files(checkpoint), data_files(checkpoint)
     refuse_escapes([*weights, *data, *checkpoint.glob("*config.json")], checkpoint)
     for file in weights:
-        _link(file.resolve(), staged / file.name)
+        link_or_copy(file, staged / file.name)
     for file in [*data, *code]:
         shutil.copyfile(file, staged / file.name)
-    _write_json(staged / "config.json", config)
+    write_json(staged / "config.json", config)
     make_readable_by_v4(staged / "tokenizer_config.json")
     processor = checkpoint / "processor_config.json"
     saved = read_json(processor) if processor.is_file() else derive_processor(staged)
-    _write_json(staged / processor.name, processor_config(saved))
+    write_json(staged / processor.name, processor_config(saved))
     if not (staged / "README.md").exists():
         (staged / "README.md").write_text(model_card(**card), encoding="utf-8")
     (staged / MARKER).touch()
@@ -311,7 +311,7 @@ def make_readable_by_v4(path: Path) -> None:
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_json(path, values)
+    write_json(path, values)
 
 
 def _refuse_loss(checkpoint: Path, folder: Path, overwrite: bool) -> None:
@@ -325,14 +325,17 @@ def _refuse_loss(checkpoint: Path, folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} was gathered before: pass overwrite=True (--overwrite) to replace it")
 
 
-def _link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Link `target` to the file behind `source`, or copy it where the file system has no hard links."""
+    source = source.resolve()
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON, indented by two spaces."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

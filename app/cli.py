@@ -16,14 +16,13 @@ _HUB = ("revision", "token", "cache_dir")
 def _describe(options: argparse.Namespace) -> int:
     from ..checkpoint_internvl import read_json
     from ..conversion import families
-    from ..conversion.folders import resolve
 
     if options.name is None:
         print(families.describe_all())
         return 0
     folder = Path(options.name)
     if folder.is_dir():
-        subject: Any = read_json(resolve(folder) / "config.json")
+        subject: Any = read_json(folder / "config.json")
     else:
         subject = families.find(options.name)
     print(families.describe(subject))

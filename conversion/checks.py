@@ -25,13 +25,12 @@ from ..conversation import ConversationTemplate, TemplateError, get_template
 from ..native_internvl import config_from_native, foreign_tensors, holds_native, is_native
 from ..weights_internvl import holds_lora
 from .families import Release, identify
-from .source import load_tokenizer
+from .source import embedding_rows, load_tokenizer
 
 AREAS = ("format", "family", "weights", "tokenizer", "template", "processor", "generation", "code")
 LEVELS = ("ok", "note", "problem")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight")
 _PINS = ("attn_implementation", "_attn_implementation")
 
 
@@ -134,9 +133,9 @@ class Subject:
     @property
     def rows(self) -> int | None:
         """Rows of the embedding table on disk, else as configured."""
-        for name in EMBEDDINGS:
-            if name in (self.tensors or {}):
-                return self.tensors[name].shape[0]
+        rows = embedding_rows(self.tensors or {})
+        if rows is not None:
+            return rows
         return self.config.llm_config.vocab_size if isinstance(self.config, InternVLChatConfig) else None
 
     # A file from anywhere can make the loaders raise anything; every error below becomes a finding.

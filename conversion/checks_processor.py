@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..generation_internvl import id_list
 from ..image_processing_internvl import NORMALIZATIONS
 from ..prompting_internvl import prompt_encoder
 from .checks import CONFIG, Finding, Subject, note, problem
@@ -113,8 +114,8 @@ def check_generation(subject: Subject) -> Iterator[Finding]:
         return
     end = prompt_encoder(subject.tokenizer).token_id(template.end_of_turn)
     file, fix = "generation_config.json", "--fix OUT writes every stop token"
-    values, default = subject.read(file), _ids(subject.config.llm_config.eos_token_id)
-    stops = _ids(values.get("eos_token_id")) or default
+    values, default = subject.read(file), id_list(subject.config.llm_config.eos_token_id)
+    stops = id_list(values.get("eos_token_id")) or default
     covered = end is None or end in stops
     where = f"eos_token_id {stops or None}" + ("" if values.get("eos_token_id") is not None else f" from {CONFIG}")
     turn = f"the end of a turn, {template.end_of_turn} ({end})"
@@ -126,7 +127,3 @@ def check_generation(subject: Subject) -> Iterator[Finding]:
         yield Finding("generation", "ok", f"{file}: {where} covers {turn}")
     else:
         yield problem("generation", f"{file}: {where} does not cover {turn}: plain generate() runs on", fix)
-
-
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)

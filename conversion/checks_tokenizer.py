@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..conversation import ConversationTemplate
-from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, prompt_encoder
+from ..prompting_internvl import IMG_CONTEXT_TOKEN, prompt_encoder
 from .checks import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, Finding, Subject, note, problem
+from .source import IMAGE_TOKENS
 
-_IMAGE_TOKENS = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
 _VOCABULARIES = (TOKENIZER, TOKENIZER_MODEL, "vocab.json")
 _OWN_TOKENIZER = "take the tokenizer files of the release that this model comes from"
 
@@ -89,7 +89,7 @@ def _tokens(subject: Subject, file: str) -> Iterator[Finding]:
     if tokenizer is None:
         return
     encoder = prompt_encoder(tokenizer)
-    for token in _IMAGE_TOKENS:
+    for token in IMAGE_TOKENS:
         yield from _single(file, encoder, token, "images cannot be placed in a prompt")
     if subject.config is not None:
         yield from _context_id(subject, file, encoder.token_id(IMG_CONTEXT_TOKEN))

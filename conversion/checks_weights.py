@@ -12,9 +12,10 @@ import torch
 
 from ..modeling_intern_vit import InternVisionModel
 from ..weights_internvl import holds_lora
-from .checks import CONFIG, EMBEDDINGS, Finding, Subject, note, problem, split_fix
-from .expected import KeyReport, compare
+from .checks import CONFIG, Finding, Subject, note, problem, split_fix
+from .expected import KeyReport, compare, compare_shapes
 from .families import Release, differences
+from .source import EMBEDDINGS
 
 _ONE_REVISION = "take weights and config.json from one revision of one repository"
 _HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
@@ -163,13 +164,7 @@ def _report(subject: Subject) -> KeyReport:
         return compare(subject.tensors, subject.config)
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in InternVisionModel(subject.config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in subject.tensors.items()}
-    return KeyReport(
-        missing=sorted(wanted.keys() - found.keys()),
-        unexpected=sorted(found.keys() - wanted.keys()),
-        misshapen=[(n, found[n], wanted[n]) for n in sorted(wanted.keys() & found) if found[n] != wanted[n]],
-        dead=[],
-    )
+    return compare_shapes(subject.tensors, wanted)
 
 
 def _vocabulary(subject: Subject) -> Iterator[tuple[Finding, set[str]]]:

@@ -16,9 +16,9 @@ from ..checkpoint_internvl import INDEX
 from ..conversation import chat_template, get_template
 from ..native_internvl import refuse_unrepresentable, tensors_to_native
 from ..processing_internvl import InternVLProcessor
-from ..upload_to_hub import gather
+from ..upload_to_hub import gather, link_or_copy
 from .expected import compare
-from .folders import link_or_copy, refuse_same, staged_folder, write_tensors
+from .folders import refuse_same, staged_folder, write_tensors
 from .native_files import write_native_files
 from .source import Source, generation_config, load_tokenizer, open_checkpoint, settle_context_token
 from .tokenizers import TokenizerReport, make_loadable
@@ -154,27 +154,37 @@ def convert(
     source = open_checkpoint(name_or_path, **hub_options)
     refuse_same(source.folder, target)
     with staged_folder(target, overwrite) as staged:
-        report = make_loadable(source.folder, staged, source.values, chat_template=_template(source))
-        tokenizer = load_tokenizer(staged)
-        settle_context_token(source.config, tokenizer, _rows(source))
+        report, tokenizer = _write_shared_files(source, staged)
         refuse_unrepresentable(source.config)
         tensors = tensors_to_native(source.tensors, source.config)
         found = compare(tensors, source.config, native=True)
         if not found.sound:
             raise ValueError(f"transformers' own InternVL does not fit {source.folder}: {found.summary()}.")
-        generation_config(source.folder, source.config, tokenizer).save_pretrained(staged)
         write_native_files(staged, source.config, tokenizer)
         write_tensors(tensors, staged, max_shard_size, progress)
-        _copy_documents(source.folder, staged)
     return ConversionReport(Path(target).resolve(), to, len(tensors), True, report, _dropped(source))
+
+
+def _write_shared_files(source: Source, folder: Path) -> tuple[TokenizerReport, Any]:
+    """What both layouts have: tokenizer, generation settings, documents. Settles the id of `<IMG_CONTEXT>` too.
+
+    Returns:
+        What became of the tokenizer files, and the tokenizer.
+    """
+    template = chat_template(get_template(source.config.template), system_message=source.config.system_message)
+    report = make_loadable(source.folder, folder, source.values, chat_template=template)
+    tokenizer = load_tokenizer(folder)
+    settle_context_token(source, tokenizer)
+    generation_config(source.folder, source.config, tokenizer).save_pretrained(folder)
+    for name in _DOCUMENTS:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    return report, tokenizer
 
 
 def _write_original_files(source: Source, folder: Path) -> TokenizerReport:
     """Everything beside weights and code."""
-    report = make_loadable(source.folder, folder, source.values, chat_template=_template(source))
-    tokenizer = load_tokenizer(folder)
-    settle_context_token(source.config, tokenizer, _rows(source))
-    generation_config(source.folder, source.config, tokenizer).save_pretrained(folder)
+    report, tokenizer = _write_shared_files(source, folder)
     source.config.architectures = ["InternVLChatModel"]
     source.config.save_pretrained(folder)
     processor = InternVLProcessor.from_model_config(source.config, tokenizer)
@@ -182,18 +192,7 @@ def _write_original_files(source: Source, folder: Path) -> TokenizerReport:
         processor.save_pretrained(temporary)
         for name in ("processor_config.json", "chat_template.jinja"):
             shutil.copyfile(Path(temporary) / name, folder / name)
-    _copy_documents(source.folder, folder)
     return report
-
-
-def _template(source: Source) -> str:
-    return chat_template(get_template(source.config.template), system_message=source.config.system_message)
-
-
-def _rows(source: Source) -> int:
-    """Rows of the embedding table on disk."""
-    names = ("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight")
-    return next(source.tensors[name].shape[0] for name in names if name in source.tensors)
 
 
 def _link_weights(source: Source, folder: Path) -> None:
@@ -202,12 +201,6 @@ def _link_weights(source: Source, folder: Path) -> None:
     index = source.weights.paths[0].parent / INDEX
     if index.is_file():
         link_or_copy(index, folder / INDEX)
-
-
-def _copy_documents(source: Path, folder: Path) -> None:
-    for name in _DOCUMENTS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _dropped(source: Source) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +82,18 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def compare(tensors: Mapping[str, LazyTensor], config: InternVLChatConfig, native: bool = False) -> KeyReport:
     """Compares tensors of a checkpoint (adapters merged) with its configuration."""
-    wanted, optional = expected_shapes(config, native)
+    return compare_shapes(tensors, *expected_shapes(config, native))
+
+
+def compare_shapes(
+    tensors: Mapping[str, LazyTensor], wanted: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
+) -> KeyReport:
+    """Compares tensors with the names and shapes that are `wanted`; those in `optional` may be missing."""
     extra = sorted(set(tensors) - set(wanted))
     dead = [name for name in extra if name.endswith(_DEAD_SUFFIXES)]
     shapes = {name: tuple(tensors[name].shape) for name in wanted if name in tensors}
     return KeyReport(
-        missing=sorted(set(wanted) - set(tensors) - optional),
+        missing=sorted(set(wanted) - set(tensors) - set(optional)),
         unexpected=[name for name in extra if name not in dead],
         misshapen=[(name, shape, wanted[name]) for name, shape in sorted(shapes.items()) if shape != wanted[name]],
         dead=dead,

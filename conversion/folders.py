@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +12,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..checkpoint_internvl import INDEX, SINGLE, CheckpointError, LazyTensor
+from ..checkpoint_internvl import INDEX, CheckpointError, LazyTensor
+from ..upload_to_hub import write_json
 
 # Everything beside the weights that can belong to a checkpoint.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py")
@@ -78,20 +76,6 @@ def refuse_same(source: Path, target: str | Path) -> None:
         raise FileExistsError(f"{target} holds the source itself: write into another folder.")
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link to the file behind `source`, or a copy where the file system has no links."""
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Two-space indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_tensors(
     tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str | int = "5GB", progress: bool = True
 ) -> list[Path]:
@@ -122,10 +106,7 @@ def write_tensors(
                 bar.update(tensors[key].nbytes)
             save_file(shard, folder / name, metadata={"format": "pt"})
             del shard
-    files = [folder / name for name in split.filename_to_tensors]
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
-    elif files != [folder / SINGLE]:
-        raise AssertionError(f"unsharded weights were named {files}")
-    return files
+    return [folder / name for name in split.filename_to_tensors]

@@ -24,8 +24,9 @@ from ..checkpoint_internvl import CheckpointError, LazyTensor, derive, read_json
 from ..configuration_intern_vit import InternVisionConfig
 from ..image_processing_internvl import NORMALIZATIONS
 from ..modeling_intern_vit import InternVisionModel, resize_position_table
+from ..upload_to_hub import write_json
 from ..weights_internvl import LayoutError
-from .folders import resolve, staged_folder, write_json, write_tensors
+from .folders import resolve, staged_folder, write_tensors
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from ..image_processing_internvl import InternVLImageProcessor
 from ..native_internvl import config_to_native
 from ..processing_internvl import InternVLProcessor
 from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
-from .folders import write_json
+from ..upload_to_hub import write_json
 
 _VIDEO_TOKEN = "<video>"
 # The native processor reads these attributes of its tokenizer.

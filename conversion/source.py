@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from transformers import AutoTokenizer, GenerationConfig
 from ..checkpoint_internvl import CheckpointError, LazyTensor, Weights, read_json, scan_weights
 from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversation import get_template
+from ..generation_internvl import stop_ids
 from ..native_internvl import foreign_tensors
-from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
+from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, prompt_encoder
 from ..tokenization_internlm2 import InternLM2Tokenizer
 from .expected import compare
 from .folders import resolve
 
-_IMAGE_TOKENS = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
+IMAGE_TOKENS = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
+# The embedding table on disk, of transformers' own language models and of InternLM2.
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight")
 
 
 @dataclass
@@ -69,6 +72,11 @@ def open_checkpoint(name_or_path: str | Path, **hub_options: Any) -> Source:
     return Source(folder, config, weights, tensors, values)
 
 
+def embedding_rows(tensors: Mapping[str, LazyTensor]) -> int | None:
+    """Rows of the embedding table among tensors under original names; None where there is none."""
+    return next((tensors[name].shape[0] for name in EMBEDDINGS if name in tensors), None)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder that `make_loadable` wrote, without running code from the folder."""
     values = read_json(folder / "tokenizer_config.json")
@@ -77,42 +85,32 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def settle_context_token(config: InternVLChatConfig, tokenizer: Any, rows: int) -> None:
-    """Writes the id of `<IMG_CONTEXT>` into the configuration, after checking the ids that prompts need.
-
-    Args:
-        config: Changed in place.
-        tokenizer: Of the checkpoint.
-        rows: Of the embedding table.
+def settle_context_token(source: Source, tokenizer: Any) -> None:
+    """Writes the id of `<IMG_CONTEXT>` into the source's configuration, after checking the ids that prompts need.
 
     Raises:
         CheckpointError: the tokenizer lacks an image token, or has ids beyond the table.
     """
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _IMAGE_TOKENS}
-    if missing := [token for token, number in ids.items() if number in (None, tokenizer.unk_token_id)]:
+    ids = {token: prompt_encoder(tokenizer).token_id(token) for token in IMAGE_TOKENS}
+    if missing := [token for token, number in ids.items() if number is None]:
         raise CheckpointError(f"the tokenizer has no {missing[0]} token: take the tokenizer of the InternVL release.")
     ids |= {tokenizer.eos_token: tokenizer.eos_token_id, tokenizer.pad_token: tokenizer.pad_token_id}
+    rows = embedding_rows(source.tensors)
     for token, number in ids.items():
-        if number is not None and number >= rows:
+        if rows is not None and number is not None and number >= rows:
             raise CheckpointError(
                 f"token {token} has id {number}, but the embedding table has {rows} rows: tokenizer and weights do "
                 "not belong together."
             )
-    config.img_context_token_id = ids[IMG_CONTEXT_TOKEN]
+    source.config.img_context_token_id = ids[IMG_CONTEXT_TOKEN]
 
 
 def generation_config(folder: Path, config: InternVLChatConfig, tokenizer: Any) -> GenerationConfig:
     """The released generation settings with every stop token of the template and the tokenizer, and a pad token."""
     path = folder / "generation_config.json"
     released = GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig()
-    end = tokenizer.convert_tokens_to_ids(get_template(config.template).end_of_turn)
-    end = None if end == tokenizer.unk_token_id else end
-    stops = [end, tokenizer.eos_token_id, *_ids(released.eos_token_id)]
-    released.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None)) or None
+    end = prompt_encoder(tokenizer).token_id(get_template(config.template).end_of_turn)
+    released.eos_token_id = stop_ids(end, tokenizer.eos_token_id, released.eos_token_id) or None
     if released.pad_token_id is None:
         released.pad_token_id = tokenizer.pad_token_id
     return released
-
-
-def _ids(value: int | Iterable[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
