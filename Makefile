@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from PYTHON (3.11 or newer) on first use. `make demo` and `make test` need nothing else.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 # The extra that the demo needs; everything else installs the larger dev extra.
@@ -9,16 +10,20 @@ DEMO_EXTRA ?= tiny
 WORKERS ?= 2
 
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test lint typecheck tiny bench clean
+.PHONY: help demo test test-lowest lint typecheck tiny bench clean
 
 help:
-	@echo "make demo | test | lint | typecheck | tiny | bench | clean"
+	@echo "make demo | test | test-lowest | lint | typecheck | tiny | bench | clean"
 
 demo: $(VENV)/.installed-$(DEMO_EXTRA)
 	$(RUN) internvl_hub.app.demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q -rs
+
+# The same on the lowest supported versions, in an environment of their own.
+test-lowest:
+	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
@@ -40,14 +45,14 @@ bench: $(VENV)/.installed-dev
 	done
 
 clean:
-	rm -rf $(VENV) build dist .typecheck .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest build dist .typecheck .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that its pinned build is settled before anything that depends on it is resolved.
 # Setuptools prints a banner of advice for every editable install; it tells the reader nothing.
-PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@echo "Making $(VENV) and installing torch; the first time takes minutes."
 	@$(PYTHON) -m venv $(VENV)

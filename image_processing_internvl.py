@@ -5,7 +5,7 @@ several times faster. How an image is loaded and how many tiles it becomes is de
 the tiles mean as tokens is not known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Unpack
 
@@ -49,6 +49,7 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 Triple = tuple[float, float, float]
+TileTransform = Callable[[Image.Image], Image.Image]
 
 NORMALIZATIONS: dict[str, tuple[Triple, Triple]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -269,6 +270,7 @@ class InternVLImageProcessor(BaseImageProcessor):
         *,
         return_tensors: str | None = "pt",
         device: str | torch.device | None = None,
+        tile_transform: TileTransform | None = None,
         **kwargs: Unpack[InternVLImagesKwargs],
     ) -> BatchFeature:
         """Tiles of one image or of a (nested) list of images.
@@ -278,6 +280,8 @@ class InternVLImageProcessor(BaseImageProcessor):
                 (channels, height, width), uint8 or float in [0, 1]; 4-dimensional arrays are batches.
             return_tensors: "pt", "np", or `None` (an array and a list).
             device: where torch tensors go.
+            tile_transform: applied to every tile before normalisation, an augmentation in training; gets and returns
+                an RGB PIL image of image_size x image_size.
             **kwargs: any field, for this call.
 
         Returns:
@@ -295,7 +299,7 @@ class InternVLImageProcessor(BaseImageProcessor):
         pixels = np.empty((sum(counts), 3, settings.image_size, settings.image_size), dtype=np.float32)
         start = 0
         for picture, grid, count in zip(pictures, grids, counts, strict=True):
-            _fill_tiles(picture, grid, settings, pixels[start : start + count])
+            _fill_tiles(picture, grid, settings, pixels[start : start + count], tile_transform)
             start += count
         return _as_batch(pixels, counts, return_tensors, device)
 
@@ -389,7 +393,9 @@ def _count(grid: Grid, settings: ImageSettings) -> int:
     return tile_count(grid, settings.use_thumbnail)
 
 
-def _fill_tiles(image: Image.Image, grid: Grid, settings: ImageSettings, out: np.ndarray) -> None:
+def _fill_tiles(
+    image: Image.Image, grid: Grid, settings: ImageSettings, out: np.ndarray, transform: TileTransform | None = None
+) -> None:
     """Write the tiles of an RGB image, thumbnail last, to `out` (tiles, 3, size, size)."""
     columns, rows = grid
     size, tiles = settings.image_size, columns * rows
@@ -401,7 +407,19 @@ def _fill_tiles(image: Image.Image, grid: Grid, settings: ImageSettings, out: np
     shapes = [(width * size, height * size) for _, width, height in views]
     resize = _resize_exact if settings.exact else _resize_fast
     for (view, width, _), planes in zip(views, resize(image, shapes), strict=True):
+        if transform is not None:
+            planes = _transformed(planes, size, transform)
         _write_normalized(planes, width, settings, view)
+
+
+def _transformed(planes: list[np.ndarray], size: int, transform: TileTransform) -> list[np.ndarray]:
+    """The planes (height, width) after `transform` of each tile, row by row."""
+    pixels = np.stack(planes, axis=-1)
+    for top in range(0, pixels.shape[0], size):
+        for left in range(0, pixels.shape[1], size):
+            tile = pixels[top : top + size, left : left + size]
+            tile[...] = np.asarray(transform(Image.fromarray(tile)))
+    return list(np.moveaxis(pixels, -1, 0))
 
 
 def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

@@ -6,12 +6,23 @@ weights when loading and back when saving. Packing, attention backends, caches a
 
 from __future__ import annotations
 
+import transformers
+from packaging.version import Version
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .configuration_internlm2 import InternLM2Config
 from .resuming_internvl import accept_disk_names
 from .weights_internvl import internlm2_conversions
+
+# Before 5.13 transformers notes the longest length seen by dynamic NTK under a name that it never reads, so that short
+# sequences keep the frequencies of the last long one.
+_FORGETS_LENGTH = Version(transformers.__version__) < Version("5.13.0")
+
+
+def _recall_length(rotary: nn.Module, args: object) -> None:
+    rotary.max_seq_len_cached = getattr(rotary, "None_max_seq_len_cached", rotary.max_seq_len_cached)
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
@@ -23,6 +34,8 @@ class InternLM2ForCausalLM(LlamaForCausalLM):
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)
         self.register_load_state_dict_pre_hook(accept_disk_names)  # for use without InternVL around it
+        if _FORGETS_LENGTH:
+            self.model.rotary_emb.register_forward_pre_hook(_recall_length)
 
 
 # Every model folder executes this file anew, hence `overwrite`.

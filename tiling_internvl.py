@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Default pixel limit: where Pillow itself refuses an image as a decompression bomb (a 0.5 GiB RGB image)."""
@@ -67,6 +67,22 @@ def load_image(
     with _opened(source, label, timeout, max_bytes) as stream:
         image = _decode(_parse_header(stream, label), label, max_pixels)
     return to_rgb(_upright(image, label) if exif else image)
+
+
+def read_image_size(
+    source: Any, *, exif: bool = True, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD_BYTES
+) -> tuple[int, int]:
+    """Width and height in pixels that `load_image` gives, from the header where the format allows.
+
+    Arguments and errors as there; damage behind the header goes unnoticed.
+    """
+    if isinstance(source, Image.Image):
+        return source.size
+    label = _describe(source)
+    with _opened(source, label, timeout, max_bytes) as stream:
+        image = _parse_header(stream, label)
+        swapped = exif and _orientation(image, label) in (5, 6, 7, 8)
+        return (image.height, image.width) if swapped else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -180,6 +196,33 @@ def _upright(image: Image.Image, label: str) -> Image.Image:
     except Exception as error:  # damaged EXIF fails in many ways
         raise ImageLoadError(label, f"unreadable EXIF data ({error})", "Pass exif=False to ignore it.") from error
     return image
+
+
+def _orientation(image: Image.Image, label: str) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none."""
+    try:
+        # Pillow decodes a whole PNG to see whether EXIF data follow the pixels; most have none there.
+        plain = isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_chunks(image.fp)
+        exif = Image.Image.getexif(image) if plain else image.getexif()
+        return exif.get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # as in _upright
+        raise ImageLoadError(label, f"unreadable EXIF data ({error})", "Pass exif=False to ignore it.") from error
+
+
+def _has_late_chunks(stream: Any) -> bool:
+    """Whether a PNG stream has chunks with EXIF data or text behind its first pixels; its position is kept."""
+    position, data_seen = stream.tell(), False
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            data_seen |= kind == b"IDAT"
+            if data_seen and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            stream.seek(length + 4, io.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(position)
 
 
 # --- grid ------------------------------------------------------------------------------------------------------------

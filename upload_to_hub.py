@@ -1,9 +1,10 @@
 """Gather a checkpoint and the code that runs it into one self-contained folder, check it, and publish it on the Hub.
 
-The code is the import closure of the files that ``auto_map`` names, copied byte for byte; the rest is an allow-list
-(weights, tokenizer, configurations, chat template, licence, model card), so that optimizer states, logs and private
-files never leave. The checkpoint itself is never changed. This file needs neither torch nor the rest of the package,
-and deliberately converts nothing: a checkpoint in another layout is refused.
+Published are chat models and vision encoders on their own (`KINDS`). The code is the import closure of the files that
+``auto_map`` names, copied byte for byte; the rest is an allow-list (weights, tokenizer, configurations, chat template,
+licence, model card), so that optimizer states, logs and private files never leave. The checkpoint itself is never
+changed. This file needs neither torch nor the rest of the package, and deliberately converts nothing: a checkpoint in
+another layout is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CODE_ROOT = Path(__file__).resolve().parent
-MODEL_TYPE = "internvl_chat"
 _MODEL = "modeling_internvl_chat.InternVLChatModel"
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -32,21 +33,99 @@ AUTO_MAP = {
 }
 PROCESSOR = "processing_internvl.InternVLProcessor"
 IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
+PREPROCESSING = "preprocessor_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-COPIED = (
-    *VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    "LICENSE",
-    "README.md",
-)
+
 # A folder without this file was not made here, so it is never replaced. Dot files are not uploaded.
 MARKER = ".gathered"
+
+CHAT_CARD = """An InternVL vision-language model, with its code: load it with `trust_remote_code=True` after reading \
+the Python files.
+
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+image = Image.open("image.jpg")
+pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+print(model.chat(processor.tokenizer, pixel_values, "<image>\\nDescribe the image.", {{"max_new_tokens": 64}}))
+```
+
+The same in the way of all of transformers:
+
+```python
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Describe the image."}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.device, model.dtype)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
+```
+"""
+ENCODER_CARD = """An InternViT vision encoder, with its code: load it with `trust_remote_code=True` after reading the \
+Python files.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
+image_processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+image = Image.open("image.jpg").convert("RGB")
+pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+with torch.no_grad():
+    tokens = model(pixel_values).last_hidden_state  # (images, 1 + patches, width)
+patches = tokens[:, 1:]  # row by row; token 0 is the class token
+```
+
+`pooler_output` is the raw class token, no embedding to compare images by: start from the mean of the patches.
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is published with the checkpoints of one model type."""
+
+    auto_map: dict[str, str]  # what config.json must name
+    processors: tuple[str, ...]  # further entry files of the code; with them goes a processor_config.json
+    own_code: tuple[str, str]  # a file whose auto_map may name code of the checkpoint's own, and the auto class there
+    needed: tuple[str, tuple[str, ...]]  # what the checkpoint must have, and the files that it may be in
+    copied: tuple[str, ...]  # files that are published unchanged where the checkpoint has them
+    loads: tuple[str, ...]  # what must load the published folder beside AutoModel: modules and auto classes
+    task: str  # the Hub's name of what the model does
+    card: str  # text of the model card
+
+
+_COPIED = (PREPROCESSING, "LICENSE", "README.md")
+_TOKENIZER = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+KINDS = {
+    "internvl_chat": Kind(
+        auto_map=AUTO_MAP,
+        processors=(PROCESSOR, IMAGE_PROCESSOR),
+        own_code=("tokenizer_config.json", "AutoTokenizer"),
+        needed=("tokenizer", VOCABULARIES),
+        copied=(*VOCABULARIES, *_TOKENIZER, "generation_config.json", "chat_template.jinja", *_COPIED),
+        loads=("processing_auto.AutoProcessor", "tokenization_auto.AutoTokenizer"),
+        task="image-text-to-text",
+        card=CHAT_CARD,
+    ),
+    "intern_vit_6b": Kind(  # the released name for every size
+        auto_map={
+            "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+            "AutoModel": "modeling_intern_vit.InternVisionModel",
+        },
+        processors=(),
+        own_code=(PREPROCESSING, "AutoImageProcessor"),
+        needed=("image preprocessing", (PREPROCESSING,)),
+        copied=_COPIED,
+        loads=("image_processing_auto.AutoImageProcessor",),
+        task="image-feature-extraction",
+        card=ENCODER_CARD,
+    ),
+}
 
 
 class CheckpointError(FileNotFoundError):
@@ -103,14 +182,25 @@ def hub_files(entries: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def complete_auto_map(own: dict[str, Any], code_root: Path) -> dict[str, Any]:
-    """`AUTO_MAP`, overridden by the checkpoint's own entries where they name a file that is published with it.
+def kind_of(folder: Path, config: dict[str, Any]) -> Kind:
+    """Return what goes with a checkpoint of this configuration; `LayoutError` if none of `KINDS` does."""
+    kind = KINDS.get(config.get("model_type", ""))
+    if kind is None:
+        raise LayoutError(
+            f"{folder}/config.json says model_type={config.get('model_type')!r}; only {' and '.join(KINDS)} "
+            "checkpoints are published, so convert it first"
+        )
+    return kind
+
+
+def complete_auto_map(own: dict[str, Any], auto_map: dict[str, str], code_root: Path) -> dict[str, Any]:
+    """`auto_map`, overridden by the checkpoint's own entries where they name a file that is published with it.
 
     References into another repository (``user/name--file.Class``, which transformers writes after loading from the
     Hub) would make the published checkpoint run that repository's code: they give way.
     """
-    local = {key: ref for key, ref in own.items() if key not in AUTO_MAP or _entry(ref, code_root).is_file()}
-    return {**AUTO_MAP, **local}
+    local = {key: ref for key, ref in own.items() if key not in auto_map or _entry(ref, code_root).is_file()}
+    return {**auto_map, **local}
 
 
 def _entry(reference: str, code_root: Path) -> Path:
@@ -161,15 +251,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def data_files(checkpoint: Path) -> list[Path]:
+def data_files(checkpoint: Path, kind: Kind) -> list[Path]:
     """Return the files beside the weights that are published unchanged.
 
     Raises:
-        CheckpointError: there is no tokenizer among them.
+        CheckpointError: what the kind needs (a tokenizer, or image preprocessing) is not among them.
     """
-    if not any((checkpoint / name).is_file() for name in VOCABULARIES):
-        raise CheckpointError(f"{checkpoint} has no tokenizer: looked for {', '.join(VOCABULARIES)}")
-    return [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
+    what, names = kind.needed
+    if not any((checkpoint / name).is_file() for name in names):
+        raise CheckpointError(f"{checkpoint} has no {what}: looked for {', '.join(names)}")
+    return [checkpoint / name for name in kind.copied if (checkpoint / name).is_file()]
 
 
 def refuse_escapes(files: Iterable[Path], checkpoint: Path) -> None:
@@ -184,13 +275,13 @@ def refuse_escapes(files: Iterable[Path], checkpoint: Path) -> None:
             raise LayoutError(f"{file} links to {file.resolve()}, outside the checkpoint: copy the file in its place")
 
 
-def tokenizer_code(checkpoint: Path, code_root: Path) -> list[Path]:
-    """Return the code of a custom tokenizer that ``tokenizer_config.json`` names, from either folder; often none."""
-    path = checkpoint / "tokenizer_config.json"
+def own_code(checkpoint: Path, name: str, auto_class: str, code_root: Path) -> list[Path]:
+    """Return the code of a custom class that the ``auto_map`` of a file names, from either folder; often none."""
+    path = checkpoint / name
     auto_map = read_json(path).get("auto_map", {}) if path.is_file() else {}
-    references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    references = auto_map.get(auto_class) if isinstance(auto_map, dict) else auto_map
     files: list[Path] = []
-    for reference in references or []:  # [slow, fast], either of them null
+    for reference in [references] if isinstance(references, str) else references or []:  # of [slow, fast] one is null
         if reference is not None and "--" not in reference:
             root = code_root if _entry(reference, code_root).is_file() else checkpoint
             files += hub_files([_entry(reference, root)])
@@ -252,7 +343,7 @@ def gather(
         The gathered files, sorted.
 
     Raises:
-        CheckpointError: the folder, its configuration, weights or tokenizer are missing.
+        CheckpointError: the folder, its configuration, weights, tokenizer or image preprocessing are missing.
         LayoutError: a file cannot be published as it is.
         HubCodeError: the code is incomplete.
         FileExistsError: `folder` holds something that must not be lost.
@@ -274,16 +365,12 @@ def gather(
 
 def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str | None]) -> None:
     config = read_json(checkpoint / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise LayoutError(
-            f"{checkpoint}/config.json says model_type={config.get('model_type')!r}; only {MODEL_TYPE!r} checkpoints "
-            "are published, so convert it first"
-        )
-    config["auto_map"] = complete_auto_map(config.get("auto_map") or {}, code_root)
-    references = dict.fromkeys([*config["auto_map"].values(), PROCESSOR, IMAGE_PROCESSOR])
+    kind = kind_of(checkpoint, config)
+    config["auto_map"] = complete_auto_map(config.get("auto_map") or {}, kind.auto_map, code_root)
+    references = dict.fromkeys([*config["auto_map"].values(), *kind.processors])
     code = hub_files(dict.fromkeys(_entry(reference, code_root) for reference in references))
-    code += tokenizer_code(checkpoint, code_root)
-    weights, data = weight_files(checkpoint), data_files(checkpoint)
+    code += own_code(checkpoint, *kind.own_code, code_root)
+    weights, data = weight_files(checkpoint), data_files(checkpoint, kind)
     refuse_escapes([*weights, *data, *checkpoint.glob("*config.json")], checkpoint)
     for file in weights:
         link_or_copy(file, staged / file.name)
@@ -291,11 +378,12 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str |
         shutil.copyfile(file, staged / file.name)
     write_json(staged / "config.json", config)
     make_readable_by_v4(staged / "tokenizer_config.json")
-    processor = checkpoint / "processor_config.json"
-    saved = read_json(processor) if processor.is_file() else derive_processor(staged)
-    write_json(staged / processor.name, processor_config(saved))
+    if kind.processors:
+        processor = checkpoint / "processor_config.json"
+        saved = read_json(processor) if processor.is_file() else derive_processor(staged)
+        write_json(staged / processor.name, processor_config(saved))
     if not (staged / "README.md").exists():
-        (staged / "README.md").write_text(model_card(**card), encoding="utf-8")
+        (staged / "README.md").write_text(model_card(kind=kind, **card), encoding="utf-8")
     (staged / MARKER).touch()
 
 
@@ -343,51 +431,19 @@ def _uploaded(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name != MARKER)
 
 
-def model_card(repo_id: str, license: str | None = None, base_model: str | None = None) -> str:
-    """Return the text of a model card: metadata and a usage example for both interfaces."""
+def model_card(kind: Kind, repo_id: str, license: str | None = None, base_model: str | None = None) -> str:
+    """Return the text of a model card: metadata and usage examples."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=kind.task,
         tags=["internvl", "custom_code"],
         license=license,
         base_model=base_model,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{CARD.format(name=repo_id.rpartition('/')[2], repo_id=repo_id)}"
-
-
-CARD = """# {name}
-
-An InternVL vision-language model, with its code: load it with `trust_remote_code=True` after reading the Python files.
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-image = Image.open("image.jpg")
-pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-print(model.chat(tokenizer, pixel_values, "<image>\\nDescribe the image.", {{"max_new_tokens": 64}}))
-```
-
-The same through the processor:
-
-```python
-from transformers import AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Describe the image."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-).to(model.device, model.dtype)
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
-```
-"""
+    name, text = repo_id.rpartition("/")[2], kind.card.format(repo_id=repo_id)
+    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}"
 
 
 _DERIVE = """
@@ -400,16 +456,22 @@ processor = get_class_from_dynamic_module(reference, checkpoint).from_model_conf
 processor.save_pretrained(folder)
 """
 
+# The classes come from their modules: below 5.18 `transformers.AutoImageProcessor` itself asks for torchvision.
 _LOAD = """
-from transformers import AutoModel, AutoProcessor, AutoTokenizer
-model, info = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
-loaded = [model, AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)]
+from importlib import import_module
+from transformers import AutoModel
+folder, *references = sys.argv[1:]
+options = {"trust_remote_code": True}
+model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
 for name in "missing_keys", "unexpected_keys", "mismatched_keys":
     assert not info[name], f"{len(info[name])} {name}, such as {sorted(info[name])[:3]}"
-for value in loaded:
+loaded = {"AutoModel": model}
+for module, name in (reference.split(".") for reference in references):
+    auto = getattr(import_module(f"transformers.models.auto.{module}"), name)
+    loaded[name] = auto.from_pretrained(folder, **options)
+for value in model, loaded.get("AutoProcessor", model):
     assert type(value).__module__.startswith("transformers_modules."), f"{type(value)} is not the folder's class"
-loaded.append(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True))
-print("ok:", *(type(value).__name__ for value in loaded))
+print("ok:", *(type(value).__name__ for value in loaded.values()))
 """
 
 
@@ -422,7 +484,9 @@ def verify(folder: str | Path) -> str:
     Raises:
         VerificationError: a class does not load or is not the folder's own, or the weights do not fit the model.
     """
-    return _run_isolated(_LOAD, str(Path(folder).resolve())).strip().splitlines()[-1]
+    folder = Path(folder).resolve()
+    kind = kind_of(folder, read_json(folder / "config.json"))
+    return _run_isolated(_LOAD, str(folder), *kind.loads).strip().splitlines()[-1]
 
 
 def _run_isolated(code: str, *arguments: str) -> str:
@@ -525,7 +589,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  internvl-upload runs/tiny --repo user/name --license mit --dry-run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="folder with config.json, safetensors weights and a tokenizer")
+    parser.add_argument(
+        "checkpoint", help="folder with config.json and safetensors weights of a chat model or encoder"
+    )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--folder", help="only gather, into this folder")
     target.add_argument("--repo", help="publish to this repository (user/name)")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
+
+# Below 5.18 transformers itself exports this class only where torchvision is installed, which the class does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration_intern_vit import InternVisionConfig
 from ..configuration_internlm2 import InternLM2Config
@@ -40,8 +40,7 @@ def register() -> None:
         auto.register(InternVLChatConfig, InternVLChatModel, exist_ok=True)
     AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
     AutoTokenizer.register(InternLM2Config, InternLM2Tokenizer, exist_ok=True)
-    with suppress(ImportError):  # below 5.18 transformers keeps this class from those without torchvision
-        AutoImageProcessor.register(
-            InternVLChatConfig, image_processor_classes={"pil": InternVLImageProcessor}, exist_ok=True
-        )
+    AutoImageProcessor.register(
+        InternVLChatConfig, image_processor_classes={"pil": InternVLImageProcessor}, exist_ok=True
+    )
     AutoProcessor.register(InternVLChatConfig, InternVLProcessor, exist_ok=True)

@@ -1,115 +1,52 @@
-"""Records to model inputs: template, tiles, ids, labels.
+"""Map-style data set of training features: a row of records, or of a mixture of files, to model inputs.
 
-The ids of a row are those of the inference prompt plus its answers (`prompting_internvl.py`), its tiles those of the
-image processor. Nothing is cut: a row that is too long is an error, because a cut row has lost images or answers.
+A row that cannot be used is an error or, with `on_error="skip"`, a `Skipped` in its place: never another row. Nothing
+here shuffles, batches or counts; `training` does.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import Dataset, get_worker_info
+import numpy as np
+from torch.utils.data import Dataset
 
-from ..conversation import Conversation, get_template
-from ..prompting_internvl import prompt_encoder
-from ..tiling_internvl import ImageLoadError
-from .records import Record, RecordError
+from .augmentation import Take
+from .features import FeatureMaker, Features, SequenceTooLongError, make_features, to_conversation
+from .lengths import LengthIndex, RowLength, hash_of, load_or_measure, measure_all, tokenizer_fingerprint
+from .media import RowSettings
+from .mixture import Mixture
+from .records import Record, RecordError, RecordFile
+from .skipped import Skipped
 
-logger = logging.getLogger(__name__)
+__all__ = ["ConversationDataset", "RowSettings", "SequenceTooLongError", "make_features", "to_conversation"]
 
-Features = dict[str, Any]
 OnError = Literal["raise", "skip"]
-
-
-class SequenceTooLongError(RecordError):
-    """A row with more tokens than the limit."""
-
-
-class TooManySkippedError(RuntimeError):
-    """More rows of a dataset cannot be used than the caller allows."""
-
-
-def to_conversation(record: Record, config: Any) -> Conversation:
-    """The record on the template of `config`; a system turn of the record replaces the default system text."""
-    template = get_template(config.template)
-    system = template.system_message if config.system_message is None else config.system_message
-    conversation = Conversation(template, system)
-    for message in record.messages:
-        if message.speaker == "system":
-            conversation.set_system_message(message.text)
-        else:
-            role = template.roles[0] if message.speaker == "human" else template.roles[1]
-            conversation.append_message(role, message.text)
-    return conversation
-
-
-def make_features(
-    record: Record, tokenizer: Any, image_processor: Any, config: Any, max_seq_length: int | None = None
-) -> Features:
-    """Model inputs of one record, a pure function of its arguments.
-
-    Several images share the tile budget: `max(1, max_dynamic_patch // images)` tiles each, as in the original
-    (`train/dataset.py`).
-
-    Args:
-        record: The conversation.
-        tokenizer: The checkpoint's tokenizer.
-        image_processor: The checkpoint's `InternVLImageProcessor`.
-        config: The `InternVLChatConfig`; gives the template and the visual tokens of a tile.
-        max_seq_length: Most tokens, visual ones included; None for no limit.
-
-    Returns:
-        `input_ids` (L,) and `labels` (L,), int64, -100 where nothing is learned; `pixel_values` (tiles, 3, S, S)
-        float32 or None; `num_patches`, the tiles of each image, a list.
-
-    Raises:
-        RecordError: an image cannot be read, or the row cannot be encoded. SequenceTooLongError: the row is too long.
-    """
-    pixel_values, num_patches = _tiles(record, image_processor)
-    lengths = [sum(config.tokens_per_tile(count)) for count in num_patches]
-    encoded = prompt_encoder(tokenizer).encode_supervised(to_conversation(record, config).segments(), lengths)
-    if max_seq_length is not None and len(encoded.input_ids) > max_seq_length:
-        raise SequenceTooLongError(
-            record.where,
-            f"{len(encoded.input_ids)} tokens ({sum(lengths)} of them visual) exceed max_seq_length={max_seq_length}; "
-            "raise the limit, lower max_dynamic_patch, or skip such rows with on_error='skip'",
-        )
-    return {
-        "input_ids": torch.tensor(encoded.input_ids),
-        "labels": torch.tensor(encoded.labels),
-        "pixel_values": pixel_values,
-        "num_patches": num_patches,
-    }
-
-
-def _tiles(record: Record, image_processor: Any) -> tuple[torch.Tensor | None, list[int]]:
-    if not record.images:
-        return None, []
-    try:
-        tiles = image_processor(list(record.images), divide_patches_by_images=True)
-    except ImageLoadError as error:
-        raise RecordError(record.where, str(error)) from error
-    return tiles["pixel_values"], tiles["num_patches"].tolist()
 
 
 @dataclass
 class ConversationDataset(Dataset):
-    """Map-style dataset of `make_features`.
+    """Features of rows, see `FeatureMaker.features`.
+
+    An index is a row, or a row with its occurrence and epoch (`training.sampling.SampleKey`): what is random in a
+    row (frames, JPEG quality) depends on these and on `seed` alone, not on workers or on the order of loading.
 
     Args:
-        records: Any sequence of records: a `RecordFile`, a list, or one that makes them up.
-        tokenizer, image_processor, config, max_seq_length: As in `make_features`.
-        on_error: `"raise"`, or `"skip"`: the next good row stands in for a bad one, which is logged once and kept in
-            `skipped` (per DataLoader worker).
-        max_skip_share: With `"skip"`, the largest share of bad rows before the run is stopped.
-        name: Name of the dataset in logs.
+        records: Any sequence of records: a `Mixture`, a `RecordFile`, a list, or one that makes them up.
+        tokenizer: The checkpoint's tokenizer.
+        image_processor: The checkpoint's `InternVLImageProcessor`.
+        config: The `InternVLChatConfig`; gives the template and the visual tokens of a tile.
+        max_seq_length: Most tokens of a row, visual ones included; None for what `settings` say.
+        on_error: `"raise"`, or `"skip"`: a `Skipped` takes the place of a row that cannot be used.
+        name: Of the data set in messages; the data sets of a mixture have names of their own.
+        settings: How rows are read; the entries of a mixture may say otherwise for their rows.
+        seed: Of all that is random in a row.
 
     Raises:
-        RecordError: from indexing, with `on_error="raise"`. TooManySkippedError: from indexing, with `"skip"`.
+        RecordError: from indexing, with `on_error="raise"`.
     """
 
     records: Sequence[Record]
@@ -118,42 +55,106 @@ class ConversationDataset(Dataset):
     config: Any
     max_seq_length: int | None = None
     on_error: OnError = "raise"
-    max_skip_share: float = 0.01
     name: str = "dataset"
+    settings: RowSettings = RowSettings()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {self.on_error!r}")
-        self.skipped: dict[int, RecordError] = {}
+        if self.max_seq_length is not None:
+            self.settings = replace(self.settings, max_seq_length=self.max_seq_length)
+        self.maker = FeatureMaker(self.tokenizer, self.image_processor, self.config)
+        self.index: LengthIndex | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Features:
-        if not 0 <= index < len(self):  # iteration ends by this
-            raise IndexError(f"{self.name}: row {index} of {len(self)}")
-        for place in range(index, index + len(self)):
-            try:
-                return self._features(place % len(self))
-            except RecordError as error:
-                if self.on_error == "raise":
-                    raise
-                self._skip(place % len(self), error)
-        raise TooManySkippedError(f"{self.name}: no row can be used")
+    def __getitem__(self, key: int | tuple[int, int, int]) -> Features | Skipped:
+        row, copy, epoch = key if isinstance(key, tuple) else (key, 0, 0)
+        if not 0 <= row < len(self):  # iteration ends by this
+            raise IndexError(f"{self.name}: row {row} of {len(self)}")
+        try:
+            features = self.maker.features(self.records[row], self.settings_of(row), self._take(row, copy, epoch))
+            self._check_length(row, features)
+            return features
+        except RecordError as error:
+            return self._skipped(row, error)
 
-    def _features(self, index: int) -> Features:
-        record = self.records[index]
-        return make_features(record, self.tokenizer, self.image_processor, self.config, self.max_seq_length)
+    def measure(self, row: int) -> RowLength | Skipped:
+        """What `row` costs, without decoding its pictures."""
+        try:
+            return self.maker.measure(self.records[row], self.settings_of(row), self._take(row))
+        except RecordError as error:
+            return self._skipped(row, error)
 
-    def _skip(self, index: int, error: RecordError) -> None:
-        if index in self.skipped:
+    def _take(self, row: int, copy: int = 0, epoch: int = 0) -> Take:
+        return Take(self.seed, row, copy, epoch)
+
+    def _skipped(self, row: int, error: RecordError) -> Skipped:
+        if self.on_error == "raise":
+            raise error
+        return Skipped(self.source_name(row), error.where, error.problem)
+
+    def _check_length(self, row: int, features: Features) -> None:
+        """A row must be what the plan took it for, or its pack exceeds the budgets."""
+        if self.index is None:
             return
-        self.skipped[index] = error
-        logger.warning("%s: skipped %s (%d so far)", self.name, error, len(self.skipped))
-        worker = get_worker_info()
-        rows = len(self) / (worker.num_workers if worker else 1)  # what this process sees of the dataset
-        if len(self.skipped) > self.max_skip_share * rows:
-            raise TooManySkippedError(
-                f"{self.name}: {len(self.skipped)} of about {rows:.0f} rows cannot be used, more than max_skip_share="
-                f"{self.max_skip_share}; the last one was {error}"
-            ) from error
+        tiles = sum(features["num_patches"])
+        planned = (int(self.index.tokens[row]), int(self.index.tiles[row]))
+        if (len(features["input_ids"]), tiles) != planned:
+            raise RecordError(
+                self.records[row].where,
+                f"has {len(features['input_ids'])} tokens and {tiles} tiles where the length index says {planned[0]} "
+                "and {planned[1]}: its media have changed since. Delete the index (data.index_cache) to measure again",
+            )
+
+    # ----------------------------------------------------------------------------------------------------- data sets
+
+    def settings_of(self, row: int) -> RowSettings:
+        """How `row` is read: `settings`, with what its data set says otherwise."""
+        if not isinstance(self.records, Mixture):
+            return self.settings
+        return self.settings.of(self.records.source_of(row))
+
+    def source_name(self, row: int) -> str:
+        """Name of the data set that `row` belongs to."""
+        return self.records.source_of(row).name if isinstance(self.records, Mixture) else self.name
+
+    def source_sizes(self) -> dict[str, int]:
+        """Rows of each data set."""
+        if isinstance(self.records, Mixture):
+            return self.records.sizes()
+        return {self.name: len(self)}
+
+    def epoch_rows(self) -> np.ndarray:
+        """Rows of an epoch, int64, repeated as the mixture says, without those that cannot be used."""
+        rows = self.records.epoch_rows(self.seed) if isinstance(self.records, Mixture) else np.arange(len(self))
+        return rows if self.index is None else self.index.usable(rows)
+
+    # --------------------------------------------------------------------------------------------------------- index
+
+    def build_index(self, cache: str | Path | None = None, workers: int = 0, progress: bool = True) -> LengthIndex:
+        """Measures all rows, or reads what an earlier run measured, and keeps it as `index`.
+
+        Args:
+            cache: Folder of cached indices; None: measure anew. Records that come from no file are always measured.
+            workers: Processes that measure; 0 for this one.
+            progress: Show a bar.
+        """
+        fingerprint = None if cache is None else self.fingerprint()
+        if fingerprint is None:
+            self.index = measure_all(self, workers, progress)
+        else:
+            self.index = load_or_measure(self, Path(cache), fingerprint, workers, progress)
+        return self.index
+
+    def fingerprint(self) -> str | None:
+        """Hash of all that the lengths depend on but the media themselves; None for records without a file."""
+        if isinstance(self.records, (Mixture, RecordFile)):
+            config = self.config
+            template = (config.template, config.system_message, config.tokens_per_tile(1))
+            tokenizer, tiling = tokenizer_fingerprint(self.tokenizer), self.image_processor.to_dict()
+            settings = (asdict(self.settings), self.seed, self.on_error)
+            return hash_of(self.records.fingerprint(), tokenizer, tiling, template, settings)
+        return None

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image  # two photographs, bundled
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see versions.py
 
 from internvl_hub import image_processing_internvl, tiling_internvl
 from internvl_hub.image_processing_internvl import (

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CHECKPOINTS, QWEN2, assert_same, batch, gradients, load
+from versions import CHECKPOINTING
 
 from internvl_hub import losses_internvl
 from internvl_hub.losses_internvl import head_cross_entropy_sum, length_to_weight, shift_targets
@@ -103,8 +104,8 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     plain_loss = model(**inputs).loss
     plain_loss.backward()
     plain = gradients(model)
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    getattr(model, f"{CHECKPOINTING}_enable")()
+    assert getattr(model, f"is_{CHECKPOINTING}")
     assert model.vision_model.encoder.layers[0].gradient_checkpointing
     assert model.language_model.get_decoder().layers[0].gradient_checkpointing
     loss = model(**inputs).loss

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import CHAT, LLAMA, QWEN2, assert_same, expected, gradients, vision_6b_dict, vision_dict
+from versions import CHECKPOINTING
 
 from internvl_hub.configuration_intern_vit import InternVisionConfig
 from internvl_hub.modeling_intern_vit import InternDropPath, InternVisionModel, drop_path_rates
@@ -85,7 +86,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(fields: dict[str, Any])
     model, pixels = _fresh(fields).train(), _pixels()
     _loss(model, pixels).backward()
     plain = gradients(model)
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     assert all(layer.gradient_checkpointing for layer in model.encoder.layers)
     _loss(model, pixels).backward()
     assert_same(gradients(model), plain, rtol=1e-5, atol=1e-6)

@@ -488,12 +488,13 @@ sys.modules["internvl_hub"] = None  # the package must not be needed
 import torch
 import transformers as tf
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, picture = sys.argv[1:]
 image = Image.open(picture)
 trusted = {"trust_remote_code": True}
 processor = tf.AutoProcessor.from_pretrained(folder, **trusted)
-images = tf.AutoImageProcessor.from_pretrained(folder, **trusted)
+images = AutoImageProcessor.from_pretrained(folder, **trusted)
 tokenizer = tf.AutoTokenizer.from_pretrained(folder, **trusted)
 options = {"max_new_tokens": 8, "do_sample": False}
 report = {"classes": {}}

@@ -361,6 +361,16 @@ def test_the_limit_changes_something() -> None:
         assert not torch.allclose(*logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [INTERNLM2, PHI3])
+def test_a_short_prompt_after_a_long_one(name: str) -> None:
+    """Other frequencies in between leave nothing behind."""
+    model = session_talk(name, 45).model
+    short, long = torch.arange(20, 40)[None], torch.arange(20, 100)[None]
+    with torch.no_grad():
+        before, _, after = (model(input_ids=ids).logits for ids in (short, long, short))
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in (INTERNLM2, PHI3) for extra in (-1, 0, 1)])
 def test_a_prompt_at_the_very_limit(name: str, extra: int, new_ids: list) -> None:
     """After an answer that went beyond it."""

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import CHAT, QWEN2, load
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from versions import CHECKPOINTING
 
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.processing_internvl import InternVLProcessor
@@ -70,7 +71,7 @@ def _sft(folder: Path, kind: str = "sft", **options: Any) -> SFTTrainer:
     return SFTTrainer(model, arguments, train_dataset=data, processing_class=_processor(model))
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("options", [{}, {CHECKPOINTING: True}], ids=["plain", "checkpointing"])
 def test_sft_trains_on_images(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = _sft(tmp_path, **options)
     before = copy.deepcopy(trainer.model.state_dict())

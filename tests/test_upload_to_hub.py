@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from versions import needs_public_auto_image_processor
 
 from internvl_hub import upload_to_hub as upload
+from internvl_hub.conversion.intern_vit import extract_encoder
+from internvl_hub.image_processing_internvl import InternVLImageProcessor
+from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.upload_to_hub import CheckpointError, HubCodeError, LayoutError, VerificationError, gather, push
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,15 +419,19 @@ def test_processor_follows_the_model_where_none_was_saved(gathered: Path) -> Non
     assert not (gathered / "chat_template.jinja").exists()  # the tokenizer keeps its own template
 
 
-def test_model_card_code_runs(gathered: Path, tmp_path: Path) -> None:
-    """The card's code blocks, one after the other, in a process where only the folder has the code."""
-    Image.new("RGB", (80, 60), "red").save(tmp_path / "image.jpg")
-    text = (gathered / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    code = "\n".join(["import sys", "sys.modules['internvl_hub'] = None", *blocks])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+def _run_card(folder: Path, work: Path, blocks: int) -> None:
+    """Runs the card's code blocks, one after the other, in a process where only the folder has the code."""
+    Image.new("RGB", (80, 60), "red").save(work / "image.jpg")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(found) == blocks
+    code = "\n".join(["import sys", "sys.modules['internvl_hub'] = None", *found])
+    done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_model_card_code_runs(gathered: Path, tmp_path: Path) -> None:
+    _run_card(gathered, tmp_path, blocks=2)
 
 
 @pytest.mark.parametrize("name", ["internlm2-internlm2_chat", "llama-hermes2-vit6b", "phi3-phi3_chat"])
@@ -436,3 +446,103 @@ def test_verify_reports_a_folder_that_leans_on_missing_code(gathered: Path, tmp_
     (broken / "configuration_intern_vit.py").unlink()
     with pytest.raises(VerificationError, match="configuration_intern_vit"):
         upload.verify(broken)
+
+
+# A vision encoder on its own
+
+ENCODER_CODE = {"configuration_intern_vit.py", "modeling_intern_vit.py"}
+ENCODER_DATA = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+ENCODER_SCRIPT = """
+import sys
+sys.modules["internvl_hub"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+folder, pixels, output = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+save_file({"features": model(load_file(pixels)["pixels"]).last_hidden_state.detach()}, output)
+"""
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    return extract_encoder(CHAT / "qwen2-internvl2_5", tmp_path / "encoder")
+
+
+@pytest.fixture(scope="module")
+def gathered_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("encoder")
+    extract_encoder(CHAT / "llama-hermes2-vit6b", work / "extracted")
+    gather(work / "extracted", work / "vit", repo_id=str(work / "vit"), license="mit", base_model="user/base")
+    return work / "vit"
+
+
+def test_only_what_belongs_to_an_encoder_travels(encoder: Path, tmp_path: Path) -> None:
+    _write(encoder, dict.fromkeys(["tokenizer.json", "generation_config.json", "optimizer.pt", "LICENSE"], "{}"))
+    files = gather(encoder, tmp_path / "out")
+    assert _names(tmp_path / "out") == {path.name for path in files} == ENCODER_CODE | ENCODER_DATA | {"LICENSE"}
+    assert _json(tmp_path / "out" / "config.json")["auto_map"] == {
+        "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+        "AutoModel": "modeling_intern_vit.InternVisionModel",
+    }
+
+
+def test_references_of_an_encoder_into_other_repositories_give_way(encoder: Path, tmp_path: Path) -> None:
+    config = _json(encoder / "config.json")
+    config["auto_map"]["AutoModel"] = "someone/else--modeling_intern_vit.InternVisionModel"
+    _write(encoder, {"config.json": json.dumps(config)})
+    gather(encoder, tmp_path / "out")
+    auto_map = _json(tmp_path / "out" / "config.json")["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_intern_vit.InternVisionModel"
+
+
+def test_encoder_without_preprocessing_is_refused(encoder: Path, tmp_path: Path) -> None:
+    (encoder / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no image preprocessing: looked for preprocessor_config.json"):
+        gather(encoder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["qwen2-internvl2_5", "llama-hermes2-vit6b"])
+def test_encoder_computes_the_same_on_its_own(name: str, tmp_path: Path) -> None:
+    """Both flavours, in a process where only the folder has the code, against the encoder inside the chat model."""
+    gather(extract_encoder(CHAT / name, tmp_path / "extracted"), tmp_path / "vit")
+    pixels = load_file(CHAT / name / "expected.safetensors")["pixel_values"]
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    arguments = [tmp_path / "vit", tmp_path / "pixels.safetensors", tmp_path / "features.safetensors"]
+    command = [sys.executable, "-c", ENCODER_SCRIPT, *map(str, arguments)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.no_grad():
+        own = InternVLChatModel.from_pretrained(CHAT / name).vision_model(pixels).last_hidden_state
+    assert torch.equal(load_file(tmp_path / "features.safetensors")["features"], own)
+
+
+def test_encoder_is_verified(gathered_encoder: Path, tmp_path: Path) -> None:
+    assert upload.verify(gathered_encoder).startswith("ok: InternVisionModel CLIPImageProcessor")
+    broken = shutil.copytree(gathered_encoder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("encoder.layers.0.ls1")
+    (broken / "model.safetensors").unlink()  # a link
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="1 missing_keys, such as .*encoder.layers.0.ls1"):
+        upload.verify(broken)
+
+
+def test_own_image_processor_of_an_encoder_travels(encoder: Path, tmp_path: Path) -> None:
+    """As for features of stretched tiles, which chat models see."""
+    InternVLImageProcessor(image_size=56, dynamic_image_size=False).save_pretrained(encoder)
+    gather(encoder, tmp_path / "out")
+    assert {"image_processing_internvl.py", "tiling_internvl.py"} <= _names(tmp_path / "out")
+    assert upload.verify(tmp_path / "out") == "ok: InternVisionModel InternVLImageProcessor"
+
+
+def test_encoder_card_holds_metadata(gathered_encoder: Path) -> None:
+    text = (gathered_encoder / "README.md").read_text(encoding="utf-8")
+    for line in ["pipeline_tag: image-feature-extraction", "- custom_code", "license: mit", "base_model: user/base"]:
+        assert line in text
+
+
+@needs_public_auto_image_processor
+def test_encoder_card_code_runs(gathered_encoder: Path, tmp_path: Path) -> None:
+    _run_card(gathered_encoder, tmp_path, blocks=1)

@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CHAT, LLAMA, PHI3, QWEN2, assert_same, expected, load, vision_6b_dict, vision_dict
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see versions.py
+from versions import needs_public_auto_image_processor
 
 from internvl_hub.configuration_intern_vit import InternVisionConfig
 from internvl_hub.image_processing_internvl import InternVLImageProcessor
@@ -369,7 +371,8 @@ sys.modules["internvl_hub"] = None
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
+from transformers import AutoConfig, AutoModel, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see tests/versions.py
 folder, out = sys.argv[1:]
 options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "trust_remote_code": True, "use_flash_attn": False}
 model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
@@ -462,6 +465,7 @@ def test_long_images_are_cropped_or_stretched(width: int, height: int, encoder_f
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
+@needs_public_auto_image_processor
 def test_documentation_runs(tmp_path: Path) -> None:
     """The Python blocks of docs/vision_encoders.md, in order, beside the repository's checkpoint and images."""
     text = (ROOT / "docs" / "vision_encoders.md").read_text(encoding="utf-8")

@@ -177,7 +177,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if trainer.is_world_process_zero():
         write_checkpoint(trainer, recipe, arguments.output, arguments.samples)
-    trainer.end()
+    trainer.accelerator.end_training()  # Trainer.end, new in transformers 5.18
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Records to model inputs: ids equal inference's, labels are the answers, nothing is cut, skipping is counted."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from torch.utils.data import DataLoader
 from internvl_hub.data.dataset import (
     ConversationDataset,
     SequenceTooLongError,
-    TooManySkippedError,
     make_features,
     to_conversation,
 )
 from internvl_hub.data.records import Message, Record, RecordError
+from internvl_hub.data.skipped import Skipped
 from internvl_hub.prompting_internvl import prompt_encoder
 from internvl_hub.tests.training import tiny_models as tiny
 
@@ -96,19 +95,23 @@ def test_unreadable_image_names_the_row() -> None:
         with_bad_row()[1]
 
 
-def test_skipping_is_logged_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = with_bad_row(on_error="skip", max_skip_share=0.3)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(dataset[1]["input_ids"], dataset[2]["input_ids"])
-    assert list(dataset.skipped) == [1]
-    assert [record.message for record in caplog.records][0].startswith("mine: skipped rows:2:")
-    assert len(caplog.records) == 1
+def test_a_bad_row_is_marked_and_never_replaced() -> None:
+    dataset = with_bad_row(on_error="skip")
+    marker = dataset[1]
+    assert isinstance(marker, Skipped)
+    assert (marker.source, marker.where) == ("mine", "rows:2")
+    assert "cannot load image" in marker.reason
+    assert isinstance(dataset.measure(1), Skipped)
+    assert not isinstance(dataset[2], Skipped)
 
 
-def test_too_much_skipping_stops() -> None:
-    with pytest.raises(TooManySkippedError, match="1 of about 4 rows"):
-        with_bad_row(on_error="skip")[1]
+def test_measuring_agrees_with_the_features() -> None:
+    dataset = tiny.dataset(count=8)
+    for row in range(8):
+        features, found = dataset[row], dataset.measure(row)
+        assert found.tokens == len(features["input_ids"])
+        assert found.tiles == sum(features["num_patches"])
+        assert found.supervised == int((features["labels"] != -100).sum())
 
 
 def test_errors_of_workers_keep_their_type() -> None:

@@ -54,7 +54,7 @@ def test_folder_of_a_short_run(
 
 
 def test_training_goes_on_from_earlier_weights(root: Path, tmp_path: Path) -> None:
-    start = root / "checkpoints" / "internvl-tiny-start"
+    start = root / "checkpoints" / "internvl-tiny"
     recipe = model.load_recipe()
     recipe["stages"] = [{"steps": 1, "max_tiles": 1}]
     trainer = train.make_trainer(recipe, tmp_path, start)

@@ -56,7 +56,7 @@ def main() -> None:
         evaluation = trainer.evaluate(tiny.dataset(count=5))["eval_loss"]
         if trainer.is_world_process_zero():
             torch.save({"losses": losses(trainer), "weights": weights(trainer), "eval_loss": evaluation}, output)
-        trainer.end()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

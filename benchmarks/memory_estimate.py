@@ -1,0 +1,250 @@
+"""The memory estimate of training steps against what real ones take.
+
+Every case is a small model of the shape of InternVL, trained for real on the CPU by the code that the estimate runs on
+fake tensors. Two measures of the step (the second one, when optimiser states exist), both above nothing, weights and
+states included:
+
+- MemTracker: PyTorch's own account of tensors (`torch.distributed._tools.mem_tracker`);
+- allocator: the running sum of every allocation that the profiler records, also inside kernels.
+
+Goal: within 20 %. The last cases are several devices: DistributedDataParallel over gloo in one process, and
+FullyShardedDataParallel 2 on four ranks of which one runs (`fake` process group), each on its own in a process;
+MemTracker does not follow their buffers, the allocator does. DeepSpeed is not measured here, nor is a GPU.
+
+    python benchmarks/memory_estimate.py
+"""
+
+import argparse
+import contextlib
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+
+try:
+    from internvl_hub.configuration_internvl_chat import InternVLChatConfig
+    from internvl_hub.modeling_internvl_chat import InternVLChatModel
+    from internvl_hub.training.estimate import RunSettings, estimate
+    from internvl_hub.training.tuning import prepare_for_tuning
+except ImportError:
+    sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
+
+MIB, RANKS, CONTEXT, VOCAB_SIZE = 2**20, 4, 7, 8000
+GOAL = 0.2
+LORA = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True, "use_llm_lora": 8}
+CHECKPOINTING, MIXED = {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}
+DEFAULTS = {"tokens": 512, "tiles": 4, "dtype": "float32", "mixed_precision": None, "gradient_checkpointing": False}
+# Name -> changes of the configuration, changes of the settings.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "everything": ({}, {}),
+    "everything, checkpointing": ({}, CHECKPOINTING),
+    "bfloat16 weights": ({}, {"dtype": "bfloat16", **CHECKPOINTING}),
+    "mixed precision": ({}, MIXED),
+    "mixed precision, checkpointing": ({}, {**MIXED, **CHECKPOINTING}),
+    "accumulated gradients": ({}, {**CHECKPOINTING, "gradient_accumulation_steps": 8}),
+    "encoder frozen": ({}, {"freeze_backbone": True}),
+    "last 4 encoder layers": ({}, {"freeze_backbone": True, "unfreeze_vit_layers": -4}),
+    "projector alone": ({}, {"freeze_backbone": True, "freeze_llm": True, **CHECKPOINTING}),
+    "LoRA": ({}, LORA),
+    "LoRA, checkpointing": ({}, {**LORA, **CHECKPOINTING}),
+    "text alone": ({}, {"tiles": 0}),
+    "16 tiles": ({}, {"tiles": 16, "tokens": 1024}),
+    "4096 tokens": ({}, {"tokens": 4096, **CHECKPOINTING}),
+    "three padded rows": ({}, {"per_device_train_batch_size": 3}),
+    "eager attention": ({}, {"attn_implementation": "eager"}),
+    "6B encoder's kind, qwen3": ({"llm": "qwen3", "vision": {"norm_type": "rms_norm", "qk_normalization": True}}, {}),
+    "experts": ({"llm": "qwen3_moe"}, {"dtype": "bfloat16", **CHECKPOINTING}),
+    "select_layer -4": ({"select_layer": -4}, {}),
+}
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDP": ("ddp", {}),
+    "DDP, encoder frozen, checkpointing": ("ddp", {"freeze_backbone": True, **CHECKPOINTING}),
+    "FSDP, mixed precision": ("fsdp", MIXED),
+    "FSDP, mixed precision, checkpointing": ("fsdp", {**MIXED, **CHECKPOINTING}),
+    "FSDP, encoder frozen": ("fsdp", {**MIXED, "freeze_backbone": True}),
+}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+
+
+class Tracker(MemTracker):
+    """PyTorch's tracker, which would hook frozen parameters and fail."""
+
+    def _track_module_params_and_buffers(self, module: Any, install_grad_hooks: bool = True) -> Any:
+        trained = all(parameter.requires_grad for parameter in module.parameters())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and trained)
+
+
+def make_config(
+    llm: str = "qwen2", vision: dict[str, Any] | None = None, select_layer: int = -1
+) -> InternVLChatConfig:
+    """About 13M parameters; tiles of 112 pixels, 16 visual tokens each."""
+    encoder = {
+        "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 8,
+        "image_size": 112, "patch_size": 14, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False,
+        "drop_path_rate": 0.1, **(vision or {}),
+    }  # fmt: skip
+    language = {
+        "model_type": llm, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "num_hidden_layers": 10, "vocab_size": VOCAB_SIZE,
+        **(_EXPERTS if llm.endswith("_moe") else {}),
+    }  # fmt: skip
+    return InternVLChatConfig(
+        vision_config=encoder, llm_config=language, select_layer=select_layer, force_image_size=112,
+        ps_version="v2", img_context_token_id=CONTEXT,
+    )  # fmt: skip
+
+
+def make_batch(config: InternVLChatConfig, settings: RunSettings) -> dict[str, torch.Tensor]:
+    """Random rows; of several, the last is padded."""
+    rows, visual = settings.rows, sum(config.tokens_per_tile(settings.tiles))
+    ids = torch.randint(10, VOCAB_SIZE, (rows, settings.tokens))
+    ids[:, :visual] = CONTEXT
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, :visual] = -100
+    if rows > 1:
+        mask[-1, -3:], labels[-1, -3:] = 0, -100
+    tiles = max(rows * settings.tiles, 1)
+    return {
+        "input_ids": ids, "labels": labels, "attention_mask": mask, "loss_weight": torch.ones(ids.shape),
+        "pixel_values": torch.randn(tiles, 3, config.image_size, config.image_size),
+        "image_flags": torch.full((tiles,), int(settings.tiles > 0)),
+    }  # fmt: skip
+
+
+class Step:
+    """A model, its optimiser and a batch; calling it runs forward, backward and update."""
+
+    def __init__(self, config: InternVLChatConfig, settings: RunSettings) -> None:
+        torch.manual_seed(0)
+        self.settings = settings
+        options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": settings.attn_implementation}
+        model = InternVLChatModel._from_config(copy.deepcopy(config), **options)
+        self.model: Any = prepare_for_tuning(model, settings).train()
+        if settings.gradient_checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        self.buckets = 0
+        if settings.kind == "ddp":
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+            self.buckets = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        elif settings.kind == "fsdp":
+            self._shard(model)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, fused=settings.kind != "fsdp", foreach=False)
+        self.batch = make_batch(config, settings)
+
+    def _shard(self, model: InternVLChatModel) -> None:
+        """As accelerate does: every layer is a unit, all the rest another; 16 bits to compute."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        options = {"mesh": dist.init_device_mesh("cpu", (RANKS,)), "mp_policy": policy}
+        for layer in (*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers):
+            fully_shard(layer, **options)
+        fully_shard(self.model, **options)
+
+    def __call__(self) -> None:
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.settings.mixed_precision else contextlib.nullcontext()
+        with autocast:
+            loss = self.model(**self.batch, num_items_in_batch=torch.ones(())).loss
+        loss.backward()
+        self.optimizer.step()
+
+    def reset(self) -> None:
+        """What a trainer does between steps; within an accumulation, gradients stay."""
+        self.optimizer.zero_grad(set_to_none=self.settings.gradient_accumulation_steps == 1)
+
+    def held(self) -> int:
+        """Bytes that are there before a step: weights, buffers, states, gradients, batch, buckets."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        gradients = (parameter.grad for parameter in self.trained if parameter.grad is not None)
+        tensors = (*self.model.parameters(), *self.model.buffers(), *states, *gradients, *self.batch.values())
+        local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+        return sum(storages.values()) + self.buckets
+
+
+def allocator_peak(step: Step) -> int:
+    """Highest sum of what was held before and what the step allocated less what it freed."""
+    held = step.held()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return held + highest
+
+
+def tracker_peak(step: Step) -> int:
+    tracker = Tracker()
+    tracker.track_external(step.model, step.optimizer, *step.batch.values())
+    with tracker:
+        step()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def measure(name: str) -> None:
+    """Runs one case and prints its line."""
+    if name in CASES:
+        shape, changes = CASES[name]
+        config, settings = make_config(**shape), RunSettings(**{**DEFAULTS, **changes})
+    else:
+        kind, changes = SHARED[name]
+        config = make_config()
+        settings = RunSettings(**{**DEFAULTS, **changes, "sharding": kind, "devices": RANKS})
+        start_group(kind)
+    expected = estimate(config, settings, cuda=False).peak
+    step = Step(config, settings)
+    for _ in range(3):  # states appear in the first step, DDP makes its buckets anew in the second
+        step()
+        step.reset()
+    allocated = allocator_peak(step)
+    step.reset()
+    tracked = tracker_peak(step) if name in CASES else None
+    report(name, expected, tracked, allocated)
+
+
+def start_group(kind: str) -> None:
+    if kind == "ddp":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+
+
+def report(name: str, expected: int, tracked: int | None, allocated: int) -> None:
+    cells = [f"{expected / MIB:9.1f} MiB"]
+    for measured, width in ((tracked, 12), (allocated, 11)):
+        cells.append(f"{'-':>{width}}" if measured is None else f"{expected / measured:{width}.3f}")
+    ratios = [expected / measured for measured in (tracked, allocated) if measured is not None]
+    missed = "" if all(abs(ratio - 1) <= GOAL for ratio in ratios) else "  MISSED"
+    print(f"{name:38}{''.join(cells)}{missed}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=(*CASES, *SHARED), help="one case, in this process")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if args.case is not None:
+        measure(args.case)
+        return
+    print(f"estimate / measured, goal 1 +- {GOAL}; torch {torch.__version__}, CPU")
+    print(f"{'':38}{'estimate':>13}{'MemTracker':>12}{'allocator':>11}")
+    for name in CASES:
+        measure(name)
+    for name in SHARED:  # a process group lasts as long as its process
+        command = [sys.executable, "-W", "ignore", __file__, "--case", name]
+        print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout, end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()

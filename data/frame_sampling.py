@@ -1,0 +1,303 @@
+"""Which frames of a video are shown, and the lines that announce them: pure functions of numbers.
+
+Two families of rules: `segment_indices` is what InternVL does at inference, `training_indices` what it does in
+training. Nothing here opens a file (`video` does), and nothing draws from a global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..conversation import IMAGE_PLACEHOLDER
+
+Clip = Sequence[float]
+"""Start and end in seconds, counted from the first frame."""
+
+LABEL_TOKENS = 10
+"""Text tokens around the visual ones of a frame, from above: `Frame-100: <img>...</img>` and the line's end."""
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def segment_indices(
+    frames: int,
+    segments: int,
+    fps: float | None = None,
+    bound: Clip | None = None,
+    first_index: int = 0,
+    *,
+    timestamps: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The middle of each of `segments` equal parts (original: `get_index` of the model cards and of its MVBench).
+
+    With start = max(first_index, round(s fps)), end = min(round(e fps), frames - 1) and part = (end - start) /
+    segments, frame k is int(start + part / 2 + round(part k)), where rounding takes halves to even. A video shorter
+    than `segments` repeats frames.
+
+    Args:
+        frames: Number of frames of the video.
+        segments: How many indices to return.
+        fps: Frames per second; only `bound` needs it.
+        bound: Start and end in seconds; None for the whole video. An end past the video counts as its end.
+        first_index: Lowest frame allowed.
+        timestamps: Seconds of every frame where the rate varies; they replace `fps` in placing the bound.
+
+    Returns:
+        Ascending indices, int64 of shape (segments,).
+
+    Raises:
+        ValueError: an argument is out of range, or the bound lies outside the video.
+    """
+    _check_positive(frames=frames, segments=segments)
+    start, end = first_index, frames - 1
+    if bound is not None:
+        low, high = _check_clip(bound)
+        start = max(start, round(_position(low, fps, timestamps)))
+        end = min(end, round(_position(high, fps, timestamps)))
+    if not 0 <= start <= end:
+        raise ValueError(
+            f"bound={bound} and first_index={first_index} give the frames {start} to {end} of a video of {frames}; "
+            "choose them inside the video"
+        )
+    part = (end - start) / segments
+    return (start + part / 2 + np.round(part * np.arange(segments))).astype(np.int64)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def training_indices(
+    frames: int,
+    sampling: str = "rand",
+    *,
+    generator: np.random.Generator,
+    min_frames: int = 8,
+    max_frames: int = 32,
+    fps: float | None = None,
+    clip: Clip | None = None,
+    timestamps: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Frames of one training row (original: `read_frames_decord` in internvl_chat/internvl/train/dataset.py).
+
+    First the number of frames is drawn (`draw_frame_count`), then the frames (`get_frame_indices`), both from
+    `generator`; so equal generators give equal rows. `fpsX` draws neither.
+
+    Args:
+        frames: Number of frames of the video.
+        sampling: `rand`, `middle` or `fpsX`.
+        generator: Source of all randomness.
+        min_frames, max_frames: Range of the number of frames, ends included.
+        fps: Frames per second; `clip` and `fpsX` need it.
+        clip: Part of the video to use, as in `clip_range`.
+        timestamps: Seconds of every frame where the rate varies.
+
+    Returns:
+        Ascending indices into the whole video, int64 of shape (count,).
+
+    Raises:
+        ValueError: an argument is out of range, or the clip lies outside the video.
+    """
+    _check_positive(frames=frames)
+    _check_range(min_frames, max_frames)
+    first, length = (0, frames) if clip is None else clip_range(frames, clip, fps, timestamps)
+    count = max_frames if _frames_per_second(sampling) else draw_frame_count(min_frames, max_frames, generator)
+    if timestamps is not None:
+        timestamps = [moment - timestamps[first] for moment in timestamps[first : first + length]]
+    return first + get_frame_indices(
+        length, count, sampling, fps=fps, max_frames=max_frames, generator=generator, timestamps=timestamps
+    )
+
+
+def draw_frame_count(min_frames: int, max_frames: int, generator: np.random.Generator) -> int:
+    """A number of frames, uniform over min_frames..max_frames with both ends."""
+    _check_range(min_frames, max_frames)
+    return int(generator.integers(min_frames, max_frames, endpoint=True))
+
+
+def get_frame_indices(
+    frames: int,
+    count: int,
+    sampling: str = "rand",
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    generator: np.random.Generator | None = None,
+    timestamps: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The rules of the original's function of this name (internvl_chat/internvl/train/dataset.py).
+
+    `rand` and `middle` cut the video into min(count, frames) intervals at int(linspace):
+    - `rand` takes one frame of each interval, its last frame excepted. Where an interval has a single frame, it takes
+      that many distinct frames of the whole video instead.
+    - `middle` takes the middle of each, the earlier of two.
+    - Both repeat the last index up to `count`.
+
+    `fpsX` (`fps1`, `fps0.5`) ignores `count`: it takes the frames nearest to 1/2X, 3/2X, 5/2X ... seconds, at most the
+    first `max_frames` of them. A video shorter than 1/2X seconds gives its middle frame.
+
+    Args:
+        frames: Number of frames to choose from.
+        count: Length of the result for `rand` and `middle`.
+        sampling: The rule.
+        fps: Frames per second of the video; only `fpsX` needs it.
+        max_frames: Most frames of `fpsX`; None for no limit.
+        generator: Source of randomness; only `rand` needs it.
+        timestamps: Seconds of every frame from the first where the rate varies; they replace `fps`.
+
+    Returns:
+        Ascending indices, int64.
+
+    Raises:
+        ValueError: an argument is out of range, or one that the rule needs is missing.
+    """
+    _check_positive(frames=frames, count=count)
+    rate = _frames_per_second(sampling)
+    if rate:
+        return _at_rate(frames, rate, fps, timestamps)[:max_frames]
+    chosen = min(count, frames)
+    edges = np.linspace(0, frames, chosen + 1).astype(np.int64)
+    if sampling == "middle":
+        indices = (edges[:-1] + edges[1:] - 1) // 2
+    elif generator is None:
+        raise ValueError("sampling='rand' draws frames; pass generator=numpy.random.default_rng(seed)")
+    elif np.diff(edges).min() > 1:
+        indices = generator.integers(edges[:-1], edges[1:] - 1)
+    else:
+        indices = np.sort(generator.permutation(frames)[:chosen])
+    return np.concatenate([indices, np.repeat(indices[-1:], count - chosen)])
+
+
+def _at_rate(frames: int, rate: float, fps: float | None, timestamps: Sequence[float] | None) -> np.ndarray:
+    step = 1 / rate
+    if timestamps is not None:
+        moments = np.asarray(timestamps, dtype=np.float64)
+        middles = np.arange(step / 2, moments[-1] + step / 2, step)
+        middles = middles[middles <= moments[-1]]
+        indices = np.round(np.interp(middles, moments, np.arange(frames))).astype(np.int64)
+    elif fps is None:
+        raise ValueError(f"sampling='fps{rate:g}' needs the frame rate of the video; pass fps")
+    else:
+        middles = np.arange(step / 2, frames / fps + step / 2, step)
+        indices = np.round(middles * fps).astype(np.int64)
+        indices = indices[indices < frames]
+    return indices if len(indices) else np.array([(frames - 1) // 2], dtype=np.int64)
+
+
+def clip_range(
+    frames: int, clip: Clip, fps: float | None = None, timestamps: Sequence[float] | None = None
+) -> tuple[int, int]:
+    """First frame and number of frames of a clip, by the training rule: int(s fps) and int((e - s) fps).
+
+    At least one frame; an end past the video counts as its end.
+
+    Args:
+        frames: Number of frames of the video.
+        clip: Start and end in seconds.
+        fps: Frames per second.
+        timestamps: Seconds of every frame where the rate varies; they replace `fps`.
+
+    Raises:
+        ValueError: the clip is malformed or begins after the video, or neither `fps` nor `timestamps` is given.
+    """
+    start, end = _check_clip(clip)
+    first = int(_position(start, fps, timestamps))
+    if start < 0 or first >= frames:
+        raise ValueError(f"clip={clip} begins at frame {first} of a video of {frames}; choose it inside the video")
+    if timestamps is None:
+        length = int(_position(end - start, fps, None))
+    else:
+        length = int(_position(end, fps, timestamps)) - first
+    return first, min(max(1, length), frames - first)
+
+
+# --- budget and prompt -----------------------------------------------------------------------------------------------
+
+
+def frames_within(tokens: int, tokens_per_frame: int = 256, label_tokens: int = LABEL_TOKENS) -> int:
+    """Most frames whose lines take at most `tokens` tokens, to bound `max_frames` or `segments` with.
+
+    Args:
+        tokens: What is left for the video: the length limit less the text of the row.
+        tokens_per_frame: Visual tokens of one frame (one tile; 256 in all released models).
+        label_tokens: Text tokens around them.
+
+    Raises:
+        ValueError: not even one frame fits.
+    """
+    _check_positive(tokens_per_frame=tokens_per_frame)
+    fitting = tokens // (tokens_per_frame + label_tokens)
+    if fitting < 1:
+        raise ValueError(
+            f"tokens={tokens} cannot hold one frame of {tokens_per_frame} + {label_tokens} tokens; raise the limit"
+        )
+    return fitting
+
+
+def frame_prompt(count: int, timestamps: Sequence[float] | None = None) -> str:
+    """The lines that stand for a video, each ended by a newline: `Frame-1: <image>`, `Frame-2: <image>`, ...
+
+    They go before the question, or in place of `<video>` and its newline. The plain form is that of the original's
+    training code and model cards.
+
+    Args:
+        count: Number of frames.
+        timestamps: Seconds of each frame, for questions about time: `Frame-1 (0.5s): <image>`. No release was trained
+            on this form; it is for models that are.
+    """
+    _check_positive(count=count)
+    if timestamps is None:
+        return "".join(f"Frame-{i}: {IMAGE_PLACEHOLDER}\n" for i in range(1, count + 1))
+    if len(timestamps) != count:
+        raise ValueError(f"timestamps has {len(timestamps)} values for {count} frames; give one per frame")
+    return "".join(f"Frame-{i} ({moment:.1f}s): {IMAGE_PLACEHOLDER}\n" for i, moment in enumerate(timestamps, 1))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _frames_per_second(sampling: str) -> float | None:
+    """The X of `fpsX`; None for the rules without a rate."""
+    if sampling in ("rand", "middle"):
+        return None
+    try:
+        rate = float(sampling.removeprefix("fps")) if sampling.startswith("fps") else 0.0
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"sampling={sampling!r} is none of rand, middle and fpsX (X frames a second, such as fps0.5)")
+    return rate
+
+
+def _position(seconds: float, fps: float | None, timestamps: Sequence[float] | None) -> float:
+    """Frame number at a moment, with its fraction; beyond the last timestamp it grows by one frame a second."""
+    if timestamps is not None:
+        moments = np.asarray(timestamps, dtype=np.float64)
+        inside = float(np.interp(seconds, moments, np.arange(len(moments))))
+        # A moment read back from a rounded timestamp must not fall to the frame before.
+        return round(inside, 6) + max(0.0, seconds - float(moments[-1]))
+    if fps is None:
+        raise ValueError("a clip in seconds needs the frame rate of the video; pass fps")
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    return seconds * fps
+
+
+def _check_clip(clip: Clip) -> tuple[float, float]:
+    values = tuple(float(value) for value in clip)
+    if len(values) != 2 or not np.isfinite(values).all() or values[0] >= values[1]:
+        raise ValueError(f"a clip is (start, end) in seconds with start < end, got {clip}")
+    return values[0], values[1]
+
+
+def _check_range(min_frames: int, max_frames: int) -> None:
+    if not 1 <= min_frames <= max_frames:
+        raise ValueError(f"1 <= min_frames <= max_frames must hold, got {min_frames} and {max_frames}")
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

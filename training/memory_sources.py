@@ -1,0 +1,135 @@
+"""Which model and which settings a name stands for, when memory is to be estimated: a release, a folder, a recipe.
+
+Only configurations are read, never weights; a Hub repository is asked only where no release has its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..configuration_internvl_chat import InternVLChatConfig
+from ..conversion import families
+from .building import apply_overrides
+from .memory_settings import RunSettings
+from .recipes import Recipe, list_recipes, load_recipe
+
+_OUTPUTS = "runs/"  # where recipes write, and where those of later stages read
+
+
+def resolve(source: str, model: str | None = None, **changes: Any) -> tuple[InternVLChatConfig, RunSettings]:
+    """Configuration and settings of what a user names: a release, a checkpoint folder, a Hub repository or a recipe.
+
+    Args:
+        source: Its name or path.
+        model: For a recipe, the model to estimate instead of the recipe's own.
+        **changes: Fields of `RunSettings` that win over the recipe's, or over the defaults.
+
+    Raises:
+        ValueError: nothing is called so, a recipe's model is unknown, or settings that cannot be.
+    """
+    if Path(source).suffix not in (".yaml", ".yml") and source not in list_recipes():
+        if model is not None:
+            raise ValueError(f"--model goes with a recipe, but {source!r} is none")
+        config = find_config(source)
+        return config, RunSettings(**{"dtype": _stored_dtype(config), **changes})
+    recipe = load_recipe(source, world_size=changes.get("devices", 1))
+    config = find_config(model) if model is not None else _config_of_recipe(recipe)
+    return config, settings_of_recipe(recipe, config, **changes)
+
+
+def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: Any) -> RunSettings:
+    """The settings that a recipe's arguments amount to, with its fullest batch.
+
+    Args:
+        recipe: The recipe.
+        config: Of its model, the recipe's own overrides applied; says how many tiles an image has at most.
+        **changes: Fields that win over the recipe's.
+
+    Raises:
+        ValueError: a setting that is not modelled.
+    """
+    model, training = recipe.model, recipe.training
+    names = {field.name for field in dataclasses.fields(RunSettings)} & {f.name for f in dataclasses.fields(training)}
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")  # its name from transformers 5.23 on
+    fresh = model.model_name_or_path is None and model.llm_path is None
+    stored = "float32" if fresh else _stored_dtype(config)
+    values = {
+        **{name: getattr(training, name) for name in names},
+        **_fullest_batch(recipe, config),
+        "optim": str(getattr(training.optim, "value", training.optim)),
+        "gradient_checkpointing": any(getattr(training, name, False) for name in checkpointing),
+        "dtype": stored if model.dtype == "auto" else model.dtype,
+        "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else None,
+        "attn_implementation": model.attn_implementation,
+        "quantization": model.quantization,
+    }
+    return RunSettings(**{**values, **changes})
+
+
+def _fullest_batch(recipe: Recipe, config: InternVLChatConfig) -> dict[str, int]:
+    training = recipe.training
+    if training.packing:
+        return {"tokens": training.max_packed_tokens, "tiles": training.num_images_expected}
+    tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
+    thumbnail = config.use_thumbnail and tiles > 1
+    return {"tokens": training.max_seq_length or RunSettings.tokens, "tiles": tiles + thumbnail}
+
+
+def _stored_dtype(config: InternVLChatConfig) -> str:
+    """Of a checkpoint's weights; released ones are bfloat16, and float16 takes as many bytes."""
+    dtype = str(config.dtype).removeprefix("torch.")
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
+def find_config(name: str) -> InternVLChatConfig:
+    """The configuration of a checkpoint folder, of a release, or of a Hub repository (of which only that is read).
+
+    Raises:
+        ValueError: there is none, or it is that of an encoder alone.
+    """
+    if not Path(name).is_dir():
+        try:
+            config = families.find(name).config()
+        except families.UnknownReleaseError:
+            if name.count("/") != 1 or name.startswith(_OUTPUTS):
+                raise
+        else:
+            if not isinstance(config, InternVLChatConfig):
+                raise ValueError(f"{name} is a vision encoder alone: name a whole model")
+            return config
+    return InternVLChatConfig.from_pretrained(name)
+
+
+def _config_of_recipe(recipe: Recipe) -> InternVLChatConfig:
+    config = _base_config(recipe.model, recipe.name)
+    apply_overrides(config, recipe.model)
+    return config
+
+
+def _base_config(model: Any, name: str) -> InternVLChatConfig:
+    """The configuration that a recipe starts from; an output of another recipe has that one's."""
+    source = model.model_name_or_path
+    if source is not None:
+        stage = source.removeprefix(_OUTPUTS)
+        if stage != source and stage in list_recipes() and not Path(source).is_dir():
+            return _config_of_recipe(load_recipe(stage))
+        return find_config(source)
+    if model.llm_path is not None and model.config is None:
+        return _composed(model, name)
+    fields = dict(model.config)
+    if "vocab_size" not in (fields.get("llm_config") or {}):
+        raise ValueError(f"{name}: model.config.llm_config has no vocab_size: add it, or name a model with --model")
+    return InternVLChatConfig(**fields)
+
+
+def _composed(model: Any, name: str) -> InternVLChatConfig:
+    """That of a release with the same language model (which may be named by it), around the recipe's encoder."""
+    encoder, llm = (Path(str(path)).name for path in (model.vision_path, model.llm_path))
+    for release in families.releases():
+        if llm in (release.llm, release.name):
+            config = release.config()
+            config.vision_config = families.find(encoder).config()
+            return config
+    raise ValueError(f"{name}: no release is made of {llm}: name a model of the same shape with --model")
