@@ -74,6 +74,7 @@ def test_wheel_holds_the_code_and_nothing_else(wheel: Path) -> None:
         folder = Path(*package.split(".")[1:])
         expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).glob("*.py")}
     expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/**/*.yaml")}
+    expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/*/*.json")}
     expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("conversion/*.yaml")}
     assert names == expected
 
