@@ -119,6 +119,9 @@ def build_llm_config(values: dict[str, Any] | PretrainedConfig | None) -> Pretra
     return CONFIG_MAPPING[model_type](**values)
 
 
+_IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
+
+
 def build_vision_config(values: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
     """Makes a configuration object of a `vision_config` (dictionary, configuration object, None for defaults)."""
     if isinstance(values, PretrainedConfig):
@@ -213,7 +216,14 @@ class InternVLChatConfig(PretrainedConfig):
         kwargs["tie_word_embeddings"] = bool(getattr(self.llm_config, "tie_word_embeddings", False))
         kwargs["auto_map"] = dict(AUTO_MAP)
         self.hidden_size = self.llm_config.hidden_size
+        # The base class passes its own choice on, None by default: a model that shares one of these objects and runs
+        # already would silently lose its causal mask.
+        chosen = [(part, name, getattr(part, name, None)) for part in (self.vision_config, self.llm_config)
+                  for name in _IMPLEMENTATIONS if name.removeprefix("_") not in kwargs]  # fmt: skip
         super().__init__(**kwargs)
+        for part, name, value in chosen:
+            if value is not None:
+                setattr(part, name, value)
 
     @property
     def image_size(self) -> int:

@@ -114,7 +114,7 @@ def head_cross_entropy_sum(
 def normalise_loss(
     loss_sum: torch.Tensor,
     weights: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
     all_gather: bool = False,
 ) -> torch.Tensor:
     """Divides a weighted sum by its normaliser.

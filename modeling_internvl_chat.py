@@ -23,6 +23,7 @@ if Version(transformers.__version__) < Version("5.11.0"):
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -87,6 +88,19 @@ def build_language_model(config: Any) -> PreTrainedModel:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
+def _keep_packed_rows_apart(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Gives a decoder the masks of rows whose positions start anew; none where flash attention knows their lengths.
+
+    transformers' models make them too, but some (gpt-oss) without looking at the positions. A hook, because the head
+    around the decoder takes a mask for one of padding.
+    """
+    positions, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
+    plain = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+    if plain and kwargs.get("use_cache") is False and embeds is not None and getattr(positions, "ndim", 0) == 2:
+        kwargs["attention_mask"] = create_masks_for_generate(decoder.config, embeds, None, None, positions)
+    return args, kwargs
+
+
 class HeadlessView:
     """Callable view of a model without its output head, as trainers expect under `model.base_model`."""
 
@@ -136,6 +150,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
         self.language_model = build_language_model(config.llm_config) if language_model is None else language_model
+        self.language_model.get_decoder().register_forward_pre_hook(_keep_packed_rows_apart, with_kwargs=True)
         self.mlp1 = self._build_projector(config)
         self.select_layer = config.select_layer
         self.template = config.template
@@ -391,7 +406,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         visual_features: torch.FloatTensor | None = None,
         num_patches: Any = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_logits: bool | None = None,
         **kwargs: Any,
@@ -402,7 +417,8 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             pixel_values: (tiles, 3, S, S) of all images in order of appearance, or None.
             input_ids: (B, L) with `<IMG_CONTEXT>` where visual tokens go.
             attention_mask: (B, L).
-            position_ids: (B, L).
+            position_ids: (B, L). Without mask and cache (`use_cache=False`, or training), a row of them that starts
+                anew at 0 is a pack: its parts do not see one another.
             image_flags: (tiles,) or (tiles, 1); 0 marks a dummy tile, which runs through the encoder (so that its
                 parameters stay in the graph on text-only ranks) but is not used.
             past_key_values: A cache; images belong to the prefill.
@@ -414,7 +430,8 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             visual_features: Ready features instead of `pixel_values`.
             num_patches: Tiles per image, as the processor returns it; not needed here.
             num_items_in_batch: Sum of label weights (without weights: number of labels) over the global batch, from
-                `Trainer`. The loss is then the sum over this batch divided by it.
+                `Trainer`. The loss is then the sum over this batch divided by it, and a router loss counts by the
+                share of the weights that are in this batch.
             logits_to_keep: Last positions (or indices) to compute logits for; 0 for all.
             output_logits: Whether to return logits along with a loss. None: not while training, where only
                 supervised positions reach the head, in chunks.
@@ -453,7 +470,10 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
         router_loss = getattr(outputs, "aux_loss", None)  # mixture of experts with llm_config.output_router_logits
         if router_loss is not None:
-            loss = loss + self.config.get_text_config().router_aux_loss_coef * router_loss.to(loss.device)
+            share = 1.0 if num_items_in_batch is None else targets.weights.sum() / num_items_in_batch
+            coefficient = self.config.get_text_config().router_aux_loss_coef
+            # By its share of the global batch, so that micro-batches and ranks add up to a weighted mean.
+            loss = loss + coefficient * torch.as_tensor(share, device=loss.device) * router_loss.to(loss.device)
         outputs = type(outputs)(**{**outputs, "loss": loss})  # anew: a loss set later would come last in a tuple
         return outputs if return_dict in (None, True) else outputs.to_tuple()
 

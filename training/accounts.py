@@ -30,18 +30,21 @@ class TooManySkippedError(RuntimeError):
 class RunAccounts(TrainerCallback, ExportableState):
     """Counts of a run.
 
+    Unusable rows are counted per epoch, anew in each, since with several ranks another one may meet a row next time.
+
     Args:
-        source_sizes: Rows of each data set.
-        max_skip_share: Share of unusable rows of a data set past which the run stops.
+        entries: Entries of an epoch in each data set: its rows, counted as often as they are repeated.
+        max_skip_share: Share of unusable entries of a data set past which the run stops.
     """
 
-    def __init__(self, source_sizes: Mapping[str, int], max_skip_share: float = 0.01) -> None:
-        self.source_sizes = dict(source_sizes)
+    def __init__(self, entries: Mapping[str, int], max_skip_share: float = 0.01) -> None:
+        self.entries = dict(entries)
         self.max_skip_share = max_skip_share
-        self.sources = list(source_sizes)
+        self.sources = list(entries)
         self.totals = dict.fromkeys(MEASURES, 0)
+        self.left_out = dict.fromkeys(self.sources, 0)
         self.skipped = dict.fromkeys(self.sources, 0)
-        self._known: set[str] = set()
+        self._world_size = 1
         self._logged = dict(self.totals)
         self._clock = time.monotonic()
 
@@ -52,8 +55,22 @@ class RunAccounts(TrainerCallback, ExportableState):
         """Numbers in a step's vector."""
         return len(MEASURES) + len(self.sources)
 
+    def unusable(self) -> dict[str, int]:
+        """Entries of each data set that are not trained on, in the current epoch: left out, and skipped so far."""
+        return {name: self.left_out[name] + self.skipped[name] for name in self.sources}
+
+    def leave_out(self, row: Skipped, copies: int) -> None:
+        """Books a row that was found unusable before training, and logs it.
+
+        Raises:
+            TooManySkippedError: they are too many of its data set.
+        """
+        logger.warning("%s: left out %s: %s", row.source, row.where, row.reason)
+        self.left_out[self.sources[self._place(row.source)]] += copies
+        self._check(f"; one of them is {row.where}: {row.reason}")
+
     def take(self, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
-        """Removes the counts from the micro-batches of a step, logs what was skipped, once a row.
+        """Removes the counts from the micro-batches of a step and logs what was skipped.
 
         Returns:
             float64 (width,), this rank's.
@@ -63,12 +80,13 @@ class RunAccounts(TrainerCallback, ExportableState):
             for place, name in enumerate(MEASURES):
                 vector[place] += batch.pop(name, 0)
             for entry in batch.pop("skipped", ()):
-                if entry.where in self._known:  # the next epoch meets it again
-                    continue
-                self._known.add(entry.where)
                 logger.warning("%s: skipped %s: %s", entry.source, entry.where, entry.reason)
-                vector[len(MEASURES) + self.sources.index(entry.source)] += 1
+                vector[len(MEASURES) + self._place(entry.source)] += 1
         return vector
+
+    def _place(self, source: str) -> int:
+        """Where a data set is in `sources`; the first, where something around the data hides which ones there are."""
+        return self.sources.index(source) if source in self.sources else 0
 
     def add(self, vector: torch.Tensor) -> None:
         """Books the counts of a step, summed over ranks.
@@ -81,33 +99,21 @@ class RunAccounts(TrainerCallback, ExportableState):
             self.totals[name] += number
         for name, number in zip(self.sources, numbers[len(MEASURES) :], strict=True):
             self.skipped[name] += number
-        self._check()
+        self._check("; the log names each")
 
-    def add_unusable(self, unusable: Sequence[Skipped]) -> None:
-        """Books rows that were found unusable before training; each is logged.
-
-        Raises:
-            TooManySkippedError: they are too many of a data set.
-        """
-        for entry in unusable:
-            logger.warning("%s: left out %s: %s", entry.source, entry.where, entry.reason)
-            self.skipped[entry.source] += 1
-        self._check(unusable[-1] if unusable else None)
-
-    def _check(self, last: Skipped | None = None) -> None:
-        for name, count in self.skipped.items():
-            rows = self.source_sizes[name]
-            if count > self.max_skip_share * rows:
-                example = f"; one of them is {last.where}: {last.reason}" if last else "; the log names each"
+    def _check(self, example: str) -> None:
+        for name, count in self.unusable().items():
+            if count > self.max_skip_share * self.entries[name]:
                 raise TooManySkippedError(
-                    f"{name}: {count} of {rows} rows cannot be used, more than max_skip_share={self.max_skip_share}"
-                    f"{example}. Mend the rows (`internvl validate` lists them), or raise data.max_skip_share"
+                    f"{name}: {count} of {self.entries[name]} rows cannot be used, more than "
+                    f"max_skip_share={self.max_skip_share}{example}. Mend them (`internvl validate` lists all), or "
+                    "raise data.max_skip_share"
                 )
 
     # ------------------------------------------------------------------------------------------------------- reporting
 
     def rates(self) -> dict[str, float]:
-        """Tokens a second and packing efficiency since the last call, and rows skipped so far."""
+        """Tokens a second and packing efficiency since the last call, and unusable rows of this epoch so far."""
         now = time.monotonic()
         part = {name: self.totals[name] - self._logged[name] for name in MEASURES}
         seconds, self._clock, self._logged = now - self._clock, now, dict(self.totals)
@@ -116,7 +122,7 @@ class RunAccounts(TrainerCallback, ExportableState):
         return {
             "tokens_per_second": round(part["num_tokens"] / max(seconds, 1e-9), 1),
             "efficiency": round(part["num_tokens"] / part["num_slots"], 4),
-            "skipped": sum(self.skipped.values()),
+            "skipped": sum(self.unusable().values()),
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -125,8 +131,16 @@ class RunAccounts(TrainerCallback, ExportableState):
         if state.global_step and isinstance(saved, dict):
             self.totals |= saved["attributes"]["totals"]
             self.skipped |= {k: v for k, v in saved["attributes"]["skipped"].items() if k in self.skipped}
+        self._world_size = args.world_size
+        state.stateful_callbacks.setdefault(type(self).__name__, {})  # of a checkpoint from another trainer
         self._clock, self._logged = time.monotonic(), dict(self.totals)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts unusable rows anew, unless an interrupted epoch goes on."""
+        if float(state.epoch or 0).is_integer():
+            self.skipped = dict.fromkeys(self.sources, 0)
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"totals": dict(self.totals), "skipped": dict(self.skipped)}}
+        """What a checkpoint keeps; the number of ranks tells whose files belong to it."""
+        kept = {"totals": dict(self.totals), "skipped": dict(self.skipped), "world_size": self._world_size}
+        return {"args": {}, "attributes": kept}

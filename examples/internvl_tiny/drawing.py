@@ -153,28 +153,37 @@ def number_image(rng: random.Random, digits: str, split: Split, tall: bool = Fal
     """Handwritten `digits` in a row, or in a column read downwards when `tall`: RGB, 32 px a digit, 64 for one alone.
 
     Each digit sits in a slot of its own; position (2 px), size (a tenth), turn (5 degrees; 10 in training), ink and
-    paper vary in every split.
+    paper vary in every split. Digits to train on are slanted and stretched too, as other hands would write them: there
+    are few scans.
     """
     long, short = strip_canvas(rng, (len(digits) + 1) // 2)
     ink, paper = _inks(rng)
     image = _paper(rng, (short, long) if tall else (long, short), paper)
     slot, turn = long / len(digits), 10 if split == "train" else 5
+    slant, stretch = (0.25, 0.16) if split == "train" else (0.0, 0.0)
     for place, digit in enumerate(digits):
         side = min(0.94 * slot, 0.84 * short) * rng.uniform(0.9, 1.0)
         along, across = (place + 0.5) * slot + rng.uniform(-2, 2), short / 2 + rng.uniform(-2, 2)
         along = min(max(along, side / 2 + 1), long - side / 2 - 1)
-        mask = _turned(_glyph(rng.choice(handwriting_indices(split)[int(digit)])), side, rng.uniform(-turn, turn))
+        glyph = _glyph(rng.choice(handwriting_indices(split)[int(digit)]))
+        angle = rng.uniform(-turn, turn)
+        shape = (rng.uniform(-slant, slant), math.exp(rng.uniform(-stretch, stretch))) if slant else (0.0, 1.0)
+        mask = _turned(glyph, side, angle, *shape)
         x, y = (across, along) if tall else (along, across)
         image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
     return image
 
 
-def _turned(glyph: Image.Image, side: float, degrees: float) -> Image.Image:
-    """`glyph` enlarged so that its 8x8 scan measures `side` pixels, turned about its centre (bicubic)."""
+def _turned(glyph: Image.Image, side: float, degrees: float, slant: float, stretch: float) -> Image.Image:
+    """`glyph` enlarged so that its 8x8 scan measures `side` pixels, turned about its centre (bicubic).
+
+    Before the turn it is slanted, by `slant` columns a row, and made `stretch` times narrower and taller.
+    """
     size = math.ceil(side * 1.5)
     cos, sin = (8 / side * f(math.radians(degrees)) for f in (math.cos, math.sin))
-    shift_x, shift_y = 6 - (cos + sin) * size / 2, 6 - (cos - sin) * size / 2
-    matrix = (cos, sin, shift_x, -sin, cos, shift_y)
+    a, b = cos * stretch - sin * slant, sin * stretch + cos * slant
+    c, d = -sin / stretch, cos / stretch
+    matrix = (a, b, 6 - (a + b) * size / 2, c, d, 6 - (c + d) * size / 2)
     return glyph.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 

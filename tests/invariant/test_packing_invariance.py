@@ -25,10 +25,8 @@ BACKBONES = ("qwen2", "internlm2", "llama", "phi3", "qwen3", "qwen3_moe", "gpt_o
 EXPERTS = ("qwen3_moe", "gpt_oss")
 NO_SINKS = [kind for kind in BACKBONES if kind != "gpt_oss"]  # sinks run on eager, and on flex attention on a GPU
 SLIDING = {"phi3": {"sliding_window": 5}, "gpt_oss": {"sliding_window": 4}}
-# transformers' GptOssModel makes its masks without position_ids, so that only flash attention tells rows apart.
-LEAKS = pytest.mark.xfail(strict=True, reason="the model does not yet give gpt-oss the masks of a pack")
 EAGER_OR_SDPA = [
-    *(pytest.param(kind, "eager", id=f"{kind}-eager", marks=LEAKS if kind == "gpt_oss" else ()) for kind in BACKBONES),
+    *(pytest.param(kind, "eager", id=f"{kind}-eager") for kind in BACKBONES),
     *(pytest.param(kind, "sdpa", id=f"{kind}-sdpa") for kind in NO_SINKS),
 ]
 ROUNDING = {"eager": 5e-6, "sdpa": 1e-10}  # of logits: the softmax of eager attention is float32, even in float64
