@@ -9,20 +9,31 @@ from __future__ import annotations
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .configuration_internlm2 import InternLM2Config
 from .resuming_internvl import accept_disk_names
 from .weights_internvl import internlm2_conversions
 
-# Before 5.13 transformers notes the longest length seen by dynamic NTK under a name that it never reads, so that short
-# sequences keep the frequencies of the last long one.
+# Before 5.13 transformers notes the longest length that dynamic NTK has seen under a name that it never reads, so that
+# short sequences keep the frequencies of the last long one.
 _FORGETS_LENGTH = Version(transformers.__version__) < Version("5.13.0")
 
 
-def _recall_length(rotary: nn.Module, args: object) -> None:
+def _note_length(rotary: nn.Module, args: object, output: object) -> None:
     rotary.max_seq_len_cached = getattr(rotary, "None_max_seq_len_cached", rotary.max_seq_len_cached)
+
+
+def mend_dynamic_ntk(model: PreTrainedModel) -> None:
+    """Gives short sequences their own frequencies again after long ones, where transformers itself does not.
+
+    Args:
+        model: A language model; left as it is unless its rotary embedding is of the type "dynamic".
+    """
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if _FORGETS_LENGTH and getattr(rotary, "rope_type", None) == "dynamic":
+        rotary.register_forward_hook(_note_length)
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
@@ -34,8 +45,7 @@ class InternLM2ForCausalLM(LlamaForCausalLM):
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)
         self.register_load_state_dict_pre_hook(accept_disk_names)  # for use without InternVL around it
-        if _FORGETS_LENGTH:
-            self.model.rotary_emb.register_forward_pre_hook(_recall_length)
+        mend_dynamic_ntk(self)
 
 
 # Every model folder executes this file anew, hence `overwrite`.

@@ -27,10 +27,20 @@ Grid = tuple[int, int]
 
 
 class ImageLoadError(ValueError):
-    """An image that cannot be used; the message names the source, the cause and the fix."""
+    """An image that cannot be used; the message names the source, the cause and the fix.
 
-    def __init__(self, label: str, cause: object, fix: str) -> None:
-        super().__init__(f"cannot load image {label}: {cause}. {fix}")
+    Args:
+        label: The source. A DataLoader raises the error of a worker again with the whole message as its only argument.
+        cause: What is wrong; kept as text, because not every exception can be pickled.
+        fix: How to put it right.
+    """
+
+    def __init__(self, label: str, cause: object = None, fix: str = "") -> None:
+        self.label, self.cause, self.fix = label, None if cause is None else str(cause), fix
+        super().__init__(self.label, self.cause, self.fix)
+
+    def __str__(self) -> str:
+        return self.label if self.cause is None else f"cannot load image {self.label}: {self.cause}. {self.fix}"
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

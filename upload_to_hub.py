@@ -81,7 +81,9 @@ with torch.no_grad():
 patches = tokens[:, 1:]  # row by row; token 0 is the class token
 ```
 
-`pooler_output` is the raw class token, no embedding to compare images by: start from the mean of the patches.
+`pooler_output` is the raw class token, no embedding to compare images by: start from the mean of the patches. Before
+transformers 5.18 and without torchvision, `AutoImageProcessor` comes from
+`transformers.models.auto.image_processing_auto`.
 """
 
 
@@ -276,16 +278,40 @@ def refuse_escapes(files: Iterable[Path], checkpoint: Path) -> None:
 
 
 def own_code(checkpoint: Path, name: str, auto_class: str, code_root: Path) -> list[Path]:
-    """Return the code of a custom class that the ``auto_map`` of a file names, from either folder; often none."""
+    """Return the code of a custom class that the ``auto_map`` of a file names, from either folder; often none.
+
+    References into another repository count where a file of that name is published from here (see `drop_repository`).
+    """
     path = checkpoint / name
-    auto_map = read_json(path).get("auto_map", {}) if path.is_file() else {}
+    auto_map = read_json(path).get("auto_map") or {} if path.is_file() else {}
     references = auto_map.get(auto_class) if isinstance(auto_map, dict) else auto_map
     files: list[Path] = []
     for reference in [references] if isinstance(references, str) else references or []:  # of [slow, fast] one is null
-        if reference is not None and "--" not in reference:
-            root = code_root if _entry(reference, code_root).is_file() else checkpoint
-            files += hub_files([_entry(reference, root)])
+        repository, _, local = (reference or "").rpartition("--")
+        roots = [root for root in (code_root, checkpoint) if _entry(local, root).is_file()]
+        if local and (roots or not repository):
+            files += hub_files([_entry(local, (roots or [checkpoint])[0])])
     return files
+
+
+def drop_repository(path: Path) -> None:
+    """Make references of an ``auto_map`` into another repository local where the file is published beside `path`.
+
+    Else that repository's code would run, as in `complete_auto_map`. Other files stay as they are, to the byte.
+    """
+    values = read_json(path) if path.is_file() else {}
+    auto_map = _local(values.get("auto_map"), path.parent)
+    if auto_map != values.get("auto_map"):
+        write_json(path, {**values, "auto_map": auto_map})
+
+
+def _local(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _local(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_local(item, folder) for item in value]
+    local = value.rpartition("--")[2] if isinstance(value, str) else ""
+    return local if local and _entry(local, folder).is_file() else value
 
 
 def processor_config(saved: dict[str, Any]) -> dict[str, Any]:
@@ -371,13 +397,15 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str |
     code = hub_files(dict.fromkeys(_entry(reference, code_root) for reference in references))
     code += own_code(checkpoint, *kind.own_code, code_root)
     weights, data = weight_files(checkpoint), data_files(checkpoint, kind)
-    refuse_escapes([*weights, *data, *checkpoint.glob("*config.json")], checkpoint)
+    own = [file for file in code if file.is_relative_to(checkpoint) and not file.is_relative_to(code_root)]
+    refuse_escapes([*weights, *data, *own, *checkpoint.glob("*config.json")], checkpoint)
     for file in weights:
         link_or_copy(file, staged / file.name)
     for file in [*data, *code]:
         shutil.copyfile(file, staged / file.name)
     write_json(staged / "config.json", config)
     make_readable_by_v4(staged / "tokenizer_config.json")
+    drop_repository(staged / kind.own_code[0])
     if kind.processors:
         processor = checkpoint / "processor_config.json"
         saved = read_json(processor) if processor.is_file() else derive_processor(staged)

@@ -80,8 +80,29 @@ def _demo(arguments: Sequence[str]) -> int:
     return demo(arguments)
 
 
+def _train(arguments: Sequence[str]) -> int:
+    from .training_commands import train_main
+
+    return train_main(arguments)
+
+
+def _validate(arguments: Sequence[str]) -> int:
+    from .data_commands import validate_main
+
+    return validate_main(arguments)
+
+
+def _preview(arguments: Sequence[str]) -> int:
+    from .data_commands import preview_main
+
+    return preview_main(arguments)
+
+
 # Commands with a parser of their own.
 _DELEGATED: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (_train, "train a model as a recipe says"),
+    "validate": (_validate, "look for problems in training data"),
+    "preview": (_preview, "show rows of training data as the model will see them"),
     "upload": (_upload, "gather a checkpoint with its code into a folder, or publish it on the Hub"),
     "demo": (_demo, "answer questions about example images with the bundled tiny model"),
 }

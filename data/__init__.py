@@ -1,4 +1,5 @@
-"""Training data: rows of a file to typed records (`records`), records to model inputs (`dataset`).
+"""Training data: annotation files of any format and their mixtures to typed records, records to model inputs.
 
-Nothing here shuffles, batches or weighs samples; that is the work of `training`.
+`mixture` and `records` read rows, `media` and `video` their pictures and frames, `features` makes the inputs of one
+row, `dataset` those of a run with their lengths measured beforehand. Shuffling, batching and weighing is `training`.
 """

@@ -128,9 +128,8 @@ class ConversationDataset(Dataset):
         return {self.name: len(self)}
 
     def epoch_rows(self) -> np.ndarray:
-        """Rows of an epoch, int64, repeated as the mixture says, without those that cannot be used."""
-        rows = self.records.epoch_rows(self.seed) if isinstance(self.records, Mixture) else np.arange(len(self))
-        return rows if self.index is None else self.index.usable(rows)
+        """Rows of an epoch, int64, repeated as the mixture says, with those that cannot be used."""
+        return self.records.epoch_rows(self.seed) if isinstance(self.records, Mixture) else np.arange(len(self))
 
     # --------------------------------------------------------------------------------------------------------- index
 
@@ -143,7 +142,7 @@ class ConversationDataset(Dataset):
             progress: Show a bar.
         """
         fingerprint = None if cache is None else self.fingerprint()
-        if fingerprint is None:
+        if cache is None or fingerprint is None:
             self.index = measure_all(self, workers, progress)
         else:
             self.index = load_or_measure(self, Path(cache), fingerprint, workers, progress)

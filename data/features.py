@@ -18,7 +18,7 @@ from ..prompting_internvl import EncodedPrompt, ImageCountError, prompt_encoder
 from .augmentation import RandomJPEG, Take
 from .lengths import RowLength
 from .media import Media, RowSettings, count_frames, picture_sizes, read_pictures, read_videos, spell_out
-from .records import Record, RecordError
+from .records import Record, RecordError, check_placeholders
 
 Features = dict[str, Any]
 DEFAULTS, FIRST = RowSettings(), Take()
@@ -86,6 +86,7 @@ class FeatureMaker:
         Raises:
             RecordError: a medium cannot be read, or the row cannot be encoded. SequenceTooLongError: it is too long.
         """
+        check_placeholders(record)
         pictures, videos = read_pictures(record, settings), read_videos(record, settings, take)
         media = spell_out(record, [len(frames) for frames in videos])
         pixels, tiles = self._tiles(pictures, [frame for frames in videos for frame in frames], media, settings, take)
@@ -99,6 +100,7 @@ class FeatureMaker:
 
     def measure(self, record: Record, settings: RowSettings = DEFAULTS, take: Take = FIRST) -> RowLength:
         """Tokens, tiles and supervised tokens that `features` will give; pictures are not decoded."""
+        check_placeholders(record)
         counts = count_frames(record, settings, take)
         media = spell_out(record, counts)
         sizes = picture_sizes(record, settings)
@@ -122,16 +124,19 @@ class FeatureMaker:
     ) -> tuple[torch.Tensor | None, list[int]]:
         """Tiles of pictures and frames in reading order, and their numbers."""
         jpeg = RandomJPEG(take.generator()) if settings.data_augment else None
-        still = self._split(pictures, tile_transform=jpeg, **self._options(settings))
-        moving = self._split(frames, dynamic_image_size=False)
-        parts = [next(moving if is_frame else still) for is_frame in media.frames]
-        return (torch.cat(parts) if parts else None), [len(part) for part in parts]
+        still = self._process(pictures, tile_transform=jpeg, **self._options(settings))
+        moving = self._process(frames, dynamic_image_size=False)
+        if still is None or moving is None:  # one tensor already: no copy
+            return still or moving or (None, [])
+        parts = [iter(pixels.split(tiles)) for pixels, tiles in (still, moving)]
+        ordered = [next(parts[is_frame]) for is_frame in media.frames]
+        return torch.cat(ordered), [len(part) for part in ordered]
 
-    def _split(self, images: list[Image.Image], **options: Any) -> Any:
+    def _process(self, images: list[Image.Image], **options: Any) -> tuple[torch.Tensor, list[int]] | None:
         if not images:
-            return iter(())
+            return None
         output = self.image_processor(images, **options)
-        return iter(output["pixel_values"].split(output["num_patches"].tolist()))
+        return output["pixel_values"], output["num_patches"].tolist()
 
     def _encode(self, record: Record, media: Media, tiles: list[int], settings: RowSettings) -> EncodedPrompt:
         lengths = [sum(self.config.tokens_per_tile(count)) for count in tiles]

@@ -13,7 +13,7 @@ import numpy as np
 from ..conversation import IMAGE_PLACEHOLDER
 
 Clip = Sequence[float]
-"""Start and end in seconds, counted from the first frame."""
+"""Start and end in seconds, counted from the first frame; the end may be infinite."""
 
 LABEL_TOKENS = 10
 """Text tokens around the visual ones of a frame, from above: `Frame-100: <img>...</img>` and the line's end."""
@@ -56,7 +56,7 @@ def segment_indices(
     if bound is not None:
         low, high = _check_clip(bound)
         start = max(start, round(_position(low, fps, timestamps)))
-        end = min(end, round(_position(high, fps, timestamps)))
+        end = end if high == np.inf else min(end, round(_position(high, fps, timestamps)))
     if not 0 <= start <= end:
         raise ValueError(
             f"bound={bound} and first_index={first_index} give the frames {start} to {end} of a video of {frames}; "
@@ -103,7 +103,7 @@ def training_indices(
     _check_positive(frames=frames)
     _check_range(min_frames, max_frames)
     first, length = (0, frames) if clip is None else clip_range(frames, clip, fps, timestamps)
-    count = max_frames if _frames_per_second(sampling) else draw_frame_count(min_frames, max_frames, generator)
+    count = max_frames if frames_per_second(sampling) else draw_frame_count(min_frames, max_frames, generator)
     if timestamps is not None:
         timestamps = [moment - timestamps[first] for moment in timestamps[first : first + length]]
     return first + get_frame_indices(
@@ -154,7 +154,7 @@ def get_frame_indices(
         ValueError: an argument is out of range, or one that the rule needs is missing.
     """
     _check_positive(frames=frames, count=count)
-    rate = _frames_per_second(sampling)
+    rate = frames_per_second(sampling)
     if rate:
         return _at_rate(frames, rate, fps, timestamps)[:max_frames]
     chosen = min(count, frames)
@@ -206,7 +206,9 @@ def clip_range(
     first = int(_position(start, fps, timestamps))
     if start < 0 or first >= frames:
         raise ValueError(f"clip={clip} begins at frame {first} of a video of {frames}; choose it inside the video")
-    if timestamps is None:
+    if end == np.inf:
+        length = frames
+    elif timestamps is None:
         length = int(_position(end - start, fps, None))
     else:
         length = int(_position(end, fps, timestamps)) - first
@@ -258,12 +260,16 @@ def frame_prompt(count: int, timestamps: Sequence[float] | None = None) -> str:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _frames_per_second(sampling: str) -> float | None:
-    """The X of `fpsX`; None for the rules without a rate."""
+def frames_per_second(sampling: str) -> float | None:
+    """The X of `fpsX`; None for the rules without a rate.
+
+    Raises:
+        ValueError: `sampling` is no rule.
+    """
     if sampling in ("rand", "middle"):
         return None
     try:
-        rate = float(sampling.removeprefix("fps")) if sampling.startswith("fps") else 0.0
+        rate = float(sampling.removeprefix("fps")) if str(sampling).startswith("fps") else 0.0
     except ValueError:
         rate = 0.0
     if not 0 < rate < float("inf"):
@@ -287,7 +293,7 @@ def _position(seconds: float, fps: float | None, timestamps: Sequence[float] | N
 
 def _check_clip(clip: Clip) -> tuple[float, float]:
     values = tuple(float(value) for value in clip)
-    if len(values) != 2 or not np.isfinite(values).all() or values[0] >= values[1]:
+    if len(values) != 2 or not (np.isfinite(values[0]) and values[0] < values[1]):
         raise ValueError(f"a clip is (start, end) in seconds with start < end, got {clip}")
     return values[0], values[1]
 

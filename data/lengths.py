@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _CHUNK = 64
+# What numpy, zip and json raise on damaged files.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,10 @@ def load_or_measure(
     if path.is_file():
         try:
             index = LengthIndex.load(path)
-            if len(index.lengths) == len(dataset):
+            if index.lengths.shape == (len(dataset), 3):
                 return index
-        except (OSError, ValueError, KeyError) as error:
+            logger.warning("%s is of %d rows, not %d, and is made again", path, len(index.lengths), len(dataset))
+        except _DAMAGE as error:
             logger.warning("%s cannot be read (%s) and is made again", path, error)
     index = measure_all(dataset, workers, progress)
     index.save(path)

@@ -8,6 +8,7 @@ drawn anew in every epoch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,8 @@ class RowSettings:
         max_seq_length: Most tokens of a row, visual ones included; None for no limit.
         min_dynamic_patch, max_dynamic_patch: Tiles of a picture; None for those of the image processor.
         data_augment: JPEG compression of the tiles of pictures.
-        exif: Turn pictures upright; boxes of published data sets refer to files as they are stored.
+        exif: Turn pictures, and frames that are files of their own, upright; boxes of published data sets refer to
+            files as they are stored.
         min_num_frame, max_num_frame: Frames of a video.
         frame_sampling: `rand`, `middle` or `fpsX`, see `frame_sampling.get_frame_indices`.
     """
@@ -112,7 +114,7 @@ def read_videos(record: Record, settings: RowSettings, take: Take) -> list[list[
     counts, generator = _drawn_counts(record, settings, take), take.generator()
     with _naming(record):
         return [
-            _read(video, partial(_choose, video, count=count, settings=settings, generator=generator))
+            _read(video, settings, partial(_choose, video, count=count, settings=settings, generator=generator))
             for video, count in zip(record.videos, counts, strict=True)
         ]
 
@@ -132,11 +134,23 @@ def _drawn_counts(record: Record, settings: RowSettings, take: Take) -> list[int
 def _choose(
     video: Video, info: VideoInfo, count: int, settings: RowSettings, generator: np.random.Generator
 ) -> Sequence[int]:
-    """Frames of a video: those that its row names, else by the row's rate or the settings' rule."""
+    """Frames of a video: those that its row names, else by the row's rate or the settings' rule.
+
+    A rate that the row gives for single frames is not one to take them at (`_taken_at`), and no rate gives an exact
+    number of frames: where a row wants one, they are drawn.
+    """
     wish = video.frames or FrameSampling()
     if wish.indices is not None:
-        return wish.indices
-    sampling = settings.frame_sampling if wish.fps is None else f"fps{wish.fps:g}"
+        return _checked(wish.indices, info.frames)
+    rate = None if _taken_at(video) else wish.fps
+    sampling = settings.frame_sampling if rate is None else f"fps{float(rate)!r}"
+    if wish.num_frames and sampling != "middle":
+        sampling = "rand"
+    if info.fps is None and (video.clip or sampling.startswith("fps")):
+        needs = f"clip={video.clip}" if video.clip else f"frame_sampling={sampling!r}"
+        raise ValueError(
+            f"{needs} needs a frame rate, which the video lacks; give 'fps' with a folder or list of frames"
+        )
     most = wish.max_frames or settings.max_num_frame
     limits = (1, most) if sampling.startswith("fps") else (count, count)
     return training_indices(
@@ -151,16 +165,31 @@ def _choose(
     ).tolist()
 
 
+def _checked(indices: Sequence[int], frames: int) -> Sequence[int]:
+    """Indices that a row names; measured and read alike, so that a bad one is found before training."""
+    if outside := [index for index in indices if not 0 <= index < frames]:
+        raise ValueError(f"the row names frame {outside[0]} of a video of {frames}; choose from 0 to {frames - 1}")
+    return indices
+
+
+def _taken_at(video: Video) -> float | None:
+    """The rate of a folder or list of frames, if its row gives one; clips and `fpsX` go by it. None for films."""
+    is_frames = isinstance(video.path, tuple) or os.path.isdir(video.path)
+    return video.frames.fps if is_frames and video.frames else None
+
+
 def _probe(video: Video) -> VideoInfo:
     if isinstance(video.path, tuple):
-        return VideoInfo(len(video.path), None, 0, 0)
-    return probe_video(video.path)
+        return VideoInfo(len(video.path), _taken_at(video), 0, 0)
+    return probe_video(video.path, fps=_taken_at(video))
 
 
-def _read(video: Video, choose: Callable[..., Sequence[int]]) -> list[Image.Image]:
-    if isinstance(video.path, tuple):
-        return [load_image(video.path[i]) for i in choose(info=_probe(video))]
-    return read_frames(video.path, lambda info: choose(info=info)).frames
+def _read(video: Video, settings: RowSettings, choose: Callable[[VideoInfo], Sequence[int]]) -> list[Image.Image]:
+    if not isinstance(video.path, tuple):
+        return read_frames(video.path, choose, fps=_taken_at(video), exif=settings.exif).frames
+    chosen = choose(_probe(video))
+    pictures = {index: load_image(video.path[index], exif=settings.exif) for index in sorted(set(chosen))}
+    return [pictures[index] for index in chosen]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

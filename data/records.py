@@ -22,7 +22,7 @@ from .formats import SPEAKERS, VIDEO_PLACEHOLDER, to_row
 
 __all__ = [
     "IMAGE_PLACEHOLDER", "SPEAKERS", "VIDEO_PLACEHOLDER", "FrameSampling", "Message", "Record", "RecordError",
-    "RecordFile", "Video", "VideoSlot", "parse_record",
+    "RecordFile", "Video", "VideoSlot", "check_placeholders", "parse_record",
 ]  # fmt: skip
 
 Speaker = Literal["system", "human", "gpt", "pretrain"]
@@ -67,7 +67,7 @@ class FrameSampling:
     """Which frames of a video a row asks for; None leaves a value to the settings of the run.
 
     Attributes:
-        fps: Frames per second.
+        fps: Frames to take of a second; of a folder or list of frames, which has no clock, the rate it was taken at.
         num_frames: Exactly so many frames.
         min_frames, max_frames: Limits of their number.
         indices: These frames and no others, counted from 0.
@@ -140,16 +140,21 @@ def parse_record(row: Any, where: str = "record", root: str | Path = "") -> Reco
     images = tuple(_locate(root, name) for name in row["image"])
     videos = tuple(_video(value, where, root) for value in row["video"])
     record = _with_missing_placeholder(Record(_messages(row["conversations"], where), images, where, videos))
+    check_placeholders(record)
+    return record
+
+
+def check_placeholders(record: Record) -> None:
+    """Raises `RecordError` unless a record has as many placeholders as media, of either kind."""
     for marker, found, given, name in (
-        (IMAGE_PLACEHOLDER, record.placeholders, len(images), "image"),
-        (VIDEO_PLACEHOLDER, record.video_placeholders, len(videos), "video"),
+        (IMAGE_PLACEHOLDER, record.placeholders, len(record.images), "image"),
+        (VIDEO_PLACEHOLDER, record.video_placeholders, len(record.videos), "video"),
     ):
         if found != given:
             advice = f"write one per {name}, in order"
             if found > given:
                 advice += f'; a {marker} that is only text needs the turn as {{"text": ..., "slots": [...]}}'
-            raise RecordError(where, f"the human turns have {found} {marker} for {given} {name}(s); {advice}")
-    return record
+            raise RecordError(record.where, f"the human turns have {found} {marker} for {given} {name}(s); {advice}")
 
 
 def _with_missing_placeholder(record: Record) -> Record:

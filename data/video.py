@@ -60,7 +60,9 @@ def probe_video(path: str | Path, *, fps: float | None = None) -> VideoInfo:
         return source.info
 
 
-def read_frames(path: str | Path, sampling: Sampling, *, fps: float | None = None, threads: int = 1) -> VideoFrames:
+def read_frames(
+    path: str | Path, sampling: Sampling, *, fps: float | None = None, threads: int = 1, exif: bool = True
+) -> VideoFrames:
     """Decodes the frames asked for, each once, and no more of the video than they need.
 
     Args:
@@ -70,6 +72,7 @@ def read_frames(path: str | Path, sampling: Sampling, *, fps: float | None = Non
         fps: As for `probe_video`.
         threads: Decoder threads of films; one, because data loaders already run a process per core. 0 lets FFmpeg
             choose.
+        exif: Turn the frames of a folder as their EXIF orientation says. Films are turned by their own matrix always.
 
     A film may lack frames at its end, up to one in twenty and always one: the last frame that is there stands for
     them, and a warning says so. `indices` and `timestamps` are those of the frames returned.
@@ -77,7 +80,7 @@ def read_frames(path: str | Path, sampling: Sampling, *, fps: float | None = Non
     Raises:
         VideoLoadError: the video cannot be used, an index lies outside it, or a wanted frame cannot be decoded.
     """
-    with _opened(path, fps, threads) as source:
+    with _opened(path, fps, threads, exif) as source:
         indices = _checked_indices(path, sampling, source.info)
         pictures = source.pictures(sorted(set(indices)))
         indices = _with_tail_clamped(path, indices, pictures, source.info.frames)
@@ -115,19 +118,17 @@ def _with_tail_clamped(
 
 
 @contextmanager
-def _opened(path: str | Path, fps: float | None, threads: int = 1) -> Iterator[VideoSource]:
+def _opened(path: str | Path, fps: float | None, threads: int = 1, exif: bool = True) -> Iterator[VideoSource]:
     if fps is not None and not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
-    source = _source(path, fps, threads)
+    source = FolderSource(path, fps, exif) if os.path.isdir(path) else _file_source(path, fps, threads)
     try:
         yield source
     finally:
         source.close()
 
 
-def _source(path: str | Path, fps: float | None, threads: int) -> VideoSource:
-    if os.path.isdir(path):
-        return FolderSource(path, fps)
+def _file_source(path: str | Path, fps: float | None, threads: int) -> VideoSource:
     if not os.path.isfile(path):
         raise VideoLoadError(path, "no such file or folder", "Check the path; download videos from the network first.")
     try:

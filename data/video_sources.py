@@ -148,10 +148,12 @@ class FolderSource:
     Args:
         path: The folder.
         fps: Frames per second; None leaves the frames without times.
+        exif: Turn frames as their EXIF orientation says.
     """
 
-    def __init__(self, path: str | Path, fps: float | None = None) -> None:
+    def __init__(self, path: str | Path, fps: float | None = None, exif: bool = True) -> None:
         self.path = path
+        self.exif = exif
         self.files = frame_files(path)
         try:
             with Image.open(self.files[0]) as first:
@@ -163,7 +165,7 @@ class FolderSource:
 
     def pictures(self, indices: list[int]) -> dict[int, Image.Image]:
         try:
-            return {index: load_image(self.files[index]) for index in indices}
+            return {index: load_image(self.files[index], exif=self.exif) for index in indices}
         except ImageLoadError as error:
             raise VideoLoadError(self.path, str(error).rstrip("."), "A folder must hold good frames only.") from error
 
@@ -199,18 +201,19 @@ class AnimationSource:
             # The default picture of such an APNG is for viewers without animation.
             self._skipped = int(bool(self.image.info.get("default_image")))
             frames = getattr(self.image, "n_frames", 1) - self._skipped
-            delays = np.array([self._delay(index) for index in range(frames)]) if frames > 1 else np.zeros(1)
+            delays = [self._delay(index) for index in range(frames)] if frames > 1 else [0.0]
         except Exception as error:
             self.close()
             raise self._damaged(error) from error
-        times = np.concatenate([[0.0], np.cumsum(delays)[:-1]])
-        rates = [fps] if frames == 1 and fps else []
-        self.info = timed_info(times, float(delays[-1]), self.image.size, rates)
+        times = np.cumsum([0.0, *delays[:-1]]) / 1000  # milliseconds add up exactly, seconds do not
+        rates = ([fps] if fps else []) if frames == 1 else [1000 / float(np.median(delays))]
+        self.info = timed_info(times, delays[-1] / 1000, self.image.size, rates)
 
     def _delay(self, index: int) -> float:
+        """Milliseconds that a frame is shown."""
         self.image.seek(index + self._skipped)
         self.image.load()  # a WebP tells the duration only then
-        return float(self.image.info.get("duration") or DEFAULT_DELAY_MS) / 1000
+        return float(self.image.info.get("duration") or DEFAULT_DELAY_MS)
 
     def pictures(self, indices: list[int]) -> dict[int, Image.Image]:
         """See `VideoSource.pictures`."""

@@ -94,14 +94,14 @@ def test_console_script_points_at_the_tool() -> None:
 
 
 def _make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def test_readme_commands_exist() -> None:
     """The code blocks of README.md name the two main targets, and no target or module that does not exist."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"^```(?:bash|sh|console|shell)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
-    used = set(re.findall(r"\bmake ([a-z]+)", code))
+    used = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert {"demo", "test"} <= used <= _make_targets()
     for module in re.findall(r"python3? -m (internvl_hub[\w.]*)", code):
         assert _exists(module), f"README.md runs python -m {module}"

@@ -33,6 +33,8 @@ def load(name: str, limit: int | None = None) -> InternVLChatModel:
             llm.original_max_position_embeddings = limit
             llm.rope_parameters["original_max_position_embeddings"] = limit
         else:
+            if name == QWEN:  # as in InternVL3
+                llm.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
             llm.max_position_embeddings = limit
     return InternVLChatModel.from_pretrained(CHAT / name, config=config).eval()
 
@@ -351,7 +353,7 @@ def test_longrope_across_its_limit(limit: int, new_ids: list) -> None:
 
 def test_the_limit_changes_something() -> None:
     """Else the tests above would compare like with like."""
-    for name in (INTERNLM2, PHI3):
+    for name in (QWEN, INTERNLM2, PHI3):
         talks = [session_talk(name, limit) for limit in (45, None)]
         logits = []
         for talk in talks:
@@ -361,7 +363,7 @@ def test_the_limit_changes_something() -> None:
         assert not torch.allclose(*logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [INTERNLM2, PHI3])
+@pytest.mark.parametrize("name", [QWEN, INTERNLM2, PHI3])
 def test_a_short_prompt_after_a_long_one(name: str) -> None:
     """Other frequencies in between leave nothing behind."""
     model = session_talk(name, 45).model
@@ -371,7 +373,9 @@ def test_a_short_prompt_after_a_long_one(name: str) -> None:
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in (INTERNLM2, PHI3) for extra in (-1, 0, 1)])
+@pytest.mark.parametrize(
+    ("name", "extra"), [(name, extra) for name in (QWEN, INTERNLM2, PHI3) for extra in (-1, 0, 1)]
+)
 def test_a_prompt_at_the_very_limit(name: str, extra: int, new_ids: list) -> None:
     """After an answer that went beyond it."""
     probe = session_talk(name)

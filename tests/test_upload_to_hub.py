@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from versions import needs_public_auto_image_processor
+from versions import runnable
 
 from internvl_hub import upload_to_hub as upload
 from internvl_hub.conversion.intern_vit import extract_encoder
@@ -130,6 +130,21 @@ def test_code_of_a_custom_tokenizer_travels(checkpoint: Path, code_root: Path, t
     (checkpoint / "tokenization_own.py").unlink()
     with pytest.raises(HubCodeError, match="tokenization_own.py"):
         gather(checkpoint, tmp_path / "other", code_root=code_root)
+
+
+def test_tokenizer_of_another_repository_gives_way_where_its_code_is_here(
+    checkpoint: Path, code_root: Path, tmp_path: Path
+) -> None:
+    auto_map = {"AutoTokenizer": ["a/b--tokenization_own.OwnTokenizer", None], "AutoOther": "a/b--absent.Other"}
+    files = {"tokenizer_config.json": json.dumps({"auto_map": auto_map}), "tokenization_own.py": "z = 1\n"}
+    _write(checkpoint, files)
+    gather(checkpoint, tmp_path / "own", code_root=code_root)
+    expected = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None], "AutoOther": "a/b--absent.Other"}
+    assert _json(tmp_path / "own" / "tokenizer_config.json")["auto_map"] == expected
+    assert (tmp_path / "own" / "tokenization_own.py").read_text() == "z = 1\n"
+    (checkpoint / "tokenization_own.py").unlink()
+    gather(checkpoint, tmp_path / "foreign", code_root=code_root)
+    assert _json(tmp_path / "foreign" / "tokenizer_config.json")["auto_map"] == auto_map
 
 
 # Configuration
@@ -261,6 +276,16 @@ def test_bad_shard_names(
 def test_links_out_of_the_checkpoint_are_refused(checkpoint: Path, code_root: Path, tmp_path: Path, name: str) -> None:
     (checkpoint / name).rename(tmp_path / "elsewhere")
     (checkpoint / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LayoutError, match="outside the checkpoint"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+def test_code_behind_a_link_out_of_the_checkpoint_is_refused(
+    checkpoint: Path, code_root: Path, tmp_path: Path
+) -> None:
+    _write(checkpoint, {"tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": "tokenization_own.Own"}})})
+    (tmp_path / "elsewhere.py").write_text("secret = 1\n")
+    (checkpoint / "tokenization_own.py").symlink_to(tmp_path / "elsewhere.py")
     with pytest.raises(LayoutError, match="outside the checkpoint"):
         gather(checkpoint, tmp_path / "out", code_root=code_root)
 
@@ -419,19 +444,23 @@ def test_processor_follows_the_model_where_none_was_saved(gathered: Path) -> Non
     assert not (gathered / "chat_template.jinja").exists()  # the tokenizer keeps its own template
 
 
-def _run_card(folder: Path, work: Path, blocks: int) -> None:
-    """Runs the card's code blocks, one after the other, in a process where only the folder has the code."""
-    Image.new("RGB", (80, 60), "red").save(work / "image.jpg")
+def _card_code(folder: Path) -> list[str]:
     text = (folder / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(found) == blocks
-    code = "\n".join(["import sys", "sys.modules['internvl_hub'] = None", *found])
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _run_card(blocks: list[str], work: Path) -> None:
+    """Runs a card's code blocks, one after the other, in a process where only the folder has the code."""
+    Image.new("RGB", (80, 60), "red").save(work / "image.jpg")
+    code = "\n".join(["import sys", "sys.modules['internvl_hub'] = None", *blocks])
     done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_model_card_code_runs(gathered: Path, tmp_path: Path) -> None:
-    _run_card(gathered, tmp_path, blocks=2)
+    blocks = _card_code(gathered)
+    assert len(blocks) == 2
+    _run_card(blocks, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["internlm2-internlm2_chat", "llama-hermes2-vit6b", "phi3-phi3_chat"])
@@ -529,11 +558,18 @@ def test_encoder_is_verified(gathered_encoder: Path, tmp_path: Path) -> None:
         upload.verify(broken)
 
 
-def test_own_image_processor_of_an_encoder_travels(encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repository", ["", "someone/else--"])
+def test_own_image_processor_of_an_encoder_travels(repository: str, encoder: Path, tmp_path: Path) -> None:
     """As for features of stretched tiles, which chat models see."""
     InternVLImageProcessor(image_size=56, dynamic_image_size=False).save_pretrained(encoder)
+    config = _json(encoder / "preprocessor_config.json")
+    reference = config["auto_map"]["AutoImageProcessor"]
+    assert reference == upload.IMAGE_PROCESSOR
+    config["auto_map"]["AutoImageProcessor"] = repository + reference
+    _write(encoder, {"preprocessor_config.json": json.dumps(config)})
     gather(encoder, tmp_path / "out")
     assert {"image_processing_internvl.py", "tiling_internvl.py"} <= _names(tmp_path / "out")
+    assert _json(tmp_path / "out" / "preprocessor_config.json")["auto_map"]["AutoImageProcessor"] == reference
     assert upload.verify(tmp_path / "out") == "ok: InternVisionModel InternVLImageProcessor"
 
 
@@ -543,6 +579,6 @@ def test_encoder_card_holds_metadata(gathered_encoder: Path) -> None:
         assert line in text
 
 
-@needs_public_auto_image_processor
 def test_encoder_card_code_runs(gathered_encoder: Path, tmp_path: Path) -> None:
-    _run_card(gathered_encoder, tmp_path, blocks=1)
+    (block,) = _card_code(gathered_encoder)
+    _run_card([runnable(block)], tmp_path)

@@ -1,9 +1,9 @@
-"""What the lowest supported transformers names otherwise, or does not have; the pinned versions skip nothing here."""
+"""What the lowest supported transformers names otherwise; tests skip nothing there for that."""
 
-import pytest
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
+from transformers.utils import is_torchvision_available
 
 # Stem of the method, the property and the training argument; renamed in 5.23.
 CHECKPOINTING = (
@@ -12,8 +12,17 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-# The class itself needs no torchvision in any version: `transformers.models.auto.image_processing_auto` has it.
-needs_public_auto_image_processor = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18") and not transformers.utils.is_torchvision_available(),
-    reason="below 5.18 `from transformers import AutoImageProcessor` asks for torchvision",
+# Below 5.18 `from transformers import AutoImageProcessor` asks for torchvision, which the class itself never needs.
+# Our own code and tests import it from its module; what users read has the public name and says this beside it.
+_PUBLIC = "from transformers import AutoImageProcessor, AutoModel\n"
+_BY_MODULE = (
+    "from transformers import AutoModel\n"
+    "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
 )
+_ASKS_FOR_TORCHVISION = Version(transformers.__version__) < Version("5.18") and not is_torchvision_available()
+
+
+def runnable(code: str) -> str:
+    """Code from the documentation or a model card, with the import that stands beside it for these versions."""
+    assert code.count(_PUBLIC) == 1
+    return code.replace(_PUBLIC, _BY_MODULE) if _ASKS_FOR_TORCHVISION else code

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..data.frame_sampling import frames_per_second
 from ..losses_internvl import LOSS_REDUCTIONS
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -108,6 +109,13 @@ class DataArguments:
             raise ValueError(
                 f"need 1 <= min_num_frame <= max_num_frame, got {self.min_num_frame}, {self.max_num_frame}"
             )
+        try:
+            frames_per_second(self.frame_sampling)
+        except ValueError:
+            raise ValueError(
+                "frame_sampling must be rand, middle or fpsX (X frames a second, such as fps1 or fps0.5), got "
+                f"{self.frame_sampling!r}"
+            ) from None
 
 
 @dataclass
@@ -124,16 +132,21 @@ class InternVLTrainingArguments(TrainingArguments):
         max_seq_length: Most tokens of a row, visual ones included; None for no limit.
         packing: Put several rows into one sequence, up to `max_packed_tokens` tokens and `num_images_expected` tiles;
             `per_device_train_batch_size` must be 1 then, a batch is a pack.
-        freeze_backbone: Do not train the vision encoder.
+        freeze_backbone: Do not train the vision encoder. This and the next two are ignored for a part whose LoRA rank
+            is set: LoRA freezes the part's own weights and trains its adapters.
         freeze_llm: Do not train the language model.
         freeze_mlp: Do not train the projector.
         unfreeze_vit_layers: With `freeze_backbone`, train the encoder's layers from this one on; -8: the last eight.
+            None or 0: no layer, as in the original.
         unfreeze_lm_head: With `freeze_llm` or `use_llm_lora`, train the output head.
         use_backbone_lora: Rank of LoRA on the vision encoder, 0 for none.
         use_llm_lora: Rank of LoRA on the language model, 0 for none.
         use_mlp_lora: Rank of LoRA on the projector, 0 for none.
         lora_alpha: LoRA's alpha; None for twice the rank, as in the original.
         lora_dropout: LoRA's dropout.
+        eval_generations: Evaluation rows whose last answer is generated and compared at every evaluation, 0 for none;
+            logged as `eval_exact_match` and, where there are boxes, `eval_box_iou`.
+        eval_max_new_tokens: Most tokens of such an answer.
         vision_lr: Learning rate of the vision encoder; None for `learning_rate`.
         mlp_lr: Learning rate of the projector; None for `learning_rate`.
 
@@ -146,16 +159,20 @@ class InternVLTrainingArguments(TrainingArguments):
     packing: bool = _setting(False, "Put several rows into one sequence.")
     max_packed_tokens: int = _setting(16384, "Most tokens of a pack.")
     num_images_expected: int = _setting(48, "Most tiles of a pack.")
-    freeze_backbone: bool = _setting(False, "Do not train the vision encoder.")
-    freeze_llm: bool = _setting(False, "Do not train the language model.")
-    freeze_mlp: bool = _setting(False, "Do not train the projector.")
-    unfreeze_vit_layers: int | None = _setting(None, "Train the encoder's layers from this one on; -8: the last 8.")
+    freeze_backbone: bool = _setting(False, "Do not train the vision encoder; ignored with use_backbone_lora.")
+    freeze_llm: bool = _setting(False, "Do not train the language model; ignored with use_llm_lora.")
+    freeze_mlp: bool = _setting(False, "Do not train the projector; ignored with use_mlp_lora.")
+    unfreeze_vit_layers: int | None = _setting(
+        None, "Train a frozen encoder's layers from this one on; -8: the last 8; 0: none."
+    )
     unfreeze_lm_head: bool = _setting(False, "Train the output head of a frozen language model.")
     use_backbone_lora: int = _setting(0, "Rank of LoRA on the vision encoder, 0 for none.")
     use_llm_lora: int = _setting(0, "Rank of LoRA on the language model, 0 for none.")
     use_mlp_lora: int = _setting(0, "Rank of LoRA on the projector, 0 for none.")
     lora_alpha: float | None = _setting(None, "LoRA's alpha; None for twice the rank.")
     lora_dropout: float = _setting(0.05, "LoRA's dropout.")
+    eval_generations: int = _setting(0, "Evaluation rows to answer at every evaluation, 0 for none.")
+    eval_max_new_tokens: int = _setting(128, "Most tokens of such an answer.")
     vision_lr: float | None = _setting(None, "Learning rate of the vision encoder.")
     mlp_lr: float | None = _setting(None, "Learning rate of the projector.")
     remove_unused_columns: bool = _setting(False, "Must stay off: rows are not columns.")

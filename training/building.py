@@ -499,12 +499,12 @@ def _finished(
     """Adds tokens, notes the context token and makes the processor."""
     add_special_tokens(model.language_model, tokenizer)
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    processor = _processor(model.config, tokenizer, arguments, folder)
+    processor = make_processor(model.config, tokenizer, arguments, folder)
     tokenizer.chat_template = processor.chat_template
     return Built(model.eval(), tokenizer, processor)
 
 
-def _processor(
+def make_processor(
     config: InternVLChatConfig, tokenizer: Any, arguments: ModelArguments, folder: Path | None
 ) -> InternVLProcessor:
     """The processor of the configuration, with what a checkpoint's saved one says beyond it."""

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.dataset import ConversationDataset
 from ..losses_internvl import IGNORE_INDEX, shift_targets
 from .accounts import MEASURES
+from .generation_metrics import evaluate_generation
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class ExactEvaluation(_Base):
     ) -> EvalLoopOutput:
         """As the parent's, with a loss that is the weighted mean over all targets, not a mean of batch means.
 
-        Rows that cannot be used are logged and counted as `eval_skipped`.
+        Rows that cannot be used are logged and counted as `eval_skipped`. With `eval_generations` answers are
+        generated and marked too.
         """
         self._eval_sums = [0.0, 0.0, 0.0]
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -56,6 +59,10 @@ class ExactEvaluation(_Base):
             output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
         if skipped:
             output.metrics[f"{metric_key_prefix}_skipped"] = round(skipped)
+        if self.args.eval_generations and isinstance(dataloader.dataset, ConversationDataset):
+            limits = self.args.eval_generations, self.args.eval_max_new_tokens
+            marks = evaluate_generation(self, dataloader.dataset, *limits)
+            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in marks.items()}
         return output
 
     def prediction_step(

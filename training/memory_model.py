@@ -7,7 +7,6 @@ devices, and what optimisers add, is in `estimate.py`. Nothing is loaded or comp
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_internvl_chat import InternVLChatConfig
-from ..modeling_intern_vit import InternDropPath
 from ..modeling_internvl_chat import InternVLChatModel
-from .memory_settings import DEEPSPEED, DTYPES, MIXED, RunSettings
-from .memory_trace import GRADIENTS, TEMPORARY, AssumedData, CudaRules, MemoryTrace, QuantizedLinear
+from .memory_fakes import QuantizedLinear
+from .memory_layers import decoder_layers, shorten_language, shorten_vision, vision_layers
+from .memory_settings import DTYPES, MIXED, RunSettings
+from .memory_step import LANGUAGE, PROJECTOR, VISION, gradient_scale, trace_step
 from .tuning import part_of, prepare_for_tuning
 
-VISION, PROJECTOR, LANGUAGE, LOSS, INPUTS = "vision encoder", "projector", "language model", "loss", "inputs"
 ADAPTERS = "adapters"
 PARTS = {"vision_model": VISION, "mlp1": PROJECTOR, "language_model": LANGUAGE}
 _UNMASKED = "estimate_unmasked"
@@ -89,14 +88,14 @@ def measure_step(config: InternVLChatConfig, settings: RunSettings, cuda: bool =
         model = _build(config, settings)
         tuned = prepare_for_tuning(model, settings)  # type: ignore[arg-type]  # reads the fields of the same names
     memory = _count(tuned, model)
-    stacks = {VISION: _shorten_vision(model), LANGUAGE: _shorten_language(model)}
+    stacks = {VISION: shorten_vision(model), LANGUAGE: shorten_language(model)}
     if settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Both engines that shard compute in 16 bits and keep 32 for the update.
         _materialise(tuned, MIXED[settings.mixed_precision] if settings.sharded else None)
-        memory.peak = _trace(model, tuned.train(), settings, stacks, _present_gradients(memory, settings), cuda)
+        memory.peak = trace_step(model, tuned.train(), settings, stacks, _present_gradients(memory, settings), cuda)
     return memory
 
 
@@ -156,7 +155,7 @@ def _count(tuned: nn.Module, model: InternVLChatModel) -> StepMemory:
         memory.parameters[kind] += value.numel()
     for name, buffer in tuned.named_buffers():
         memory.buffers[_part(name)] += buffer.numel() * buffer.element_size()
-    sizes = [_sizes(layer) for layer in (*_vision_layers(model), *_decoder_layers(model))]
+    sizes = [_sizes(layer) for layer in (*vision_layers(model), *decoder_layers(model))]
     total = _sizes(tuned)
     memory.layer, memory.trained_layer = (max(column) for column in zip(*sizes, strict=True))
     memory.root, memory.trained_root = (t - sum(c) for t, c in zip(total, zip(*sizes, strict=True), strict=True))
@@ -171,71 +170,6 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     """Elements of a module's parameters: all, and the trained ones."""
     values = list(module.parameters())
     return sum(v.numel() for v in values), sum(v.numel() for v in values if v.requires_grad)
-
-
-def _vision_layers(model: InternVLChatModel) -> nn.ModuleList:
-    return model.vision_model.encoder.layers
-
-
-def _decoder_layers(model: InternVLChatModel) -> nn.ModuleList:
-    return model.language_model.get_decoder().layers
-
-
-# ------------------------------------------------------------------------------------------------- fewer layers to run
-
-
-def _shorten_vision(model: InternVLChatModel) -> list[int]:
-    """Drops repeated encoder layers; the layer whose output is selected stays the same one."""
-    layers, selected = _vision_layers(model), model.select_layer
-    used = selected if selected >= 0 else len(layers) + 1 + selected
-    kinds = [(_signature(layer), i < used) for i, layer in enumerate(layers)]
-    kept, repeats = _representatives(kinds)
-    if selected != -1:
-        model.select_layer = sum(i < used for i in kept)
-    _keep(layers, kept)
-    return repeats
-
-
-def _shorten_language(model: InternVLChatModel) -> list[int]:
-    """Drops repeated decoder layers and their entries in the configuration."""
-    layers, config = _decoder_layers(model), model.config.get_text_config()
-    types = getattr(config, "layer_types", None)
-    kinds = [(_signature(layer), types[i] if types else None) for i, layer in enumerate(layers)]
-    kept, repeats = _representatives(kinds)
-    _keep(layers, kept)
-    config.num_hidden_layers = len(kept)
-    if types:
-        config.layer_types = [types[i] for i in kept]
-    return repeats
-
-
-def _signature(layer: nn.Module) -> Any:
-    """Equal for layers that take equal memory."""
-    values = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in layer.named_parameters())
-    modes = tuple(module.training for module in layer.modules())
-    drops = tuple(module.rate > 0 for module in layer.modules() if isinstance(module, InternDropPath))
-    return type(layer), values, modes, drops
-
-
-def _representatives(kinds: list[Any]) -> tuple[list[int], list[int]]:
-    """Which layers to run, and for how many each stands: the first, one inner and the last one of a run of equals."""
-    kept: list[int] = []
-    repeats: list[int] = []
-    first = 0
-    for i in range(1, len(kinds) + 1):
-        if i == len(kinds) or kinds[i] != kinds[first]:
-            count = i - first
-            chosen = range(first, i) if count <= 3 else (first, first + 1, i - 1)
-            kept += chosen
-            repeats += [1] * count if count <= 3 else [1, count - 2, 1]
-            first = i
-    return kept, repeats
-
-
-def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
-    for i in reversed(range(len(layers))):
-        if i not in kept:
-            del layers[i]
 
 
 def _materialise(module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -255,106 +189,10 @@ def _materialise(module: nn.Module, dtype: torch.dtype | None) -> None:
             tensors.update({name: fresh(value) for name, value in tensors.items() if value is not None})
 
 
-# ------------------------------------------------------------------------------------------------------------- tracing
-
-
-def _trace(
-    model: InternVLChatModel,
-    tuned: nn.Module,
-    settings: RunSettings,
-    stacks: dict[str, list[int]],
-    present: int,
-    cuda: bool,
-) -> Counter[str]:
-    """Runs forward and backward once; the highest point in bytes by purpose."""
-    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    trace = MemoryTrace(_gradient_scale(settings))
-    trace.add(GRADIENTS, present)
-    for value in (*tuned.parameters(), *tuned.buffers()):
-        trace.ignore(value)
-    for parameter in trained:
-        if settings.gradient_accumulation_steps > 1:
-            parameter.grad = torch.empty_like(parameter)
-            trace.ignore(parameter.grad)
-        parameter.register_post_accumulate_grad_hook(trace.gradient)
-    _mark_segments(model, trace, stacks)
-    batch, rows = _batch(model.config, settings)
-    for value in batch.values():
-        trace.track(value, INPUTS)
-    inputs = dict(batch)
-    if not settings.padded:  # transformers drops a mask of ones, but cannot look into this one
-        del inputs["attention_mask"]
-    rules = CudaRules() if cuda else contextlib.nullcontext()
-    with AssumedData(rows, rows[()]), rules, trace:
-        trace.begin(LANGUAGE)
-        with _autocast(settings):
-            loss = model(**inputs, num_items_in_batch=torch.ones(())).loss
-        trace.begin(TEMPORARY)
-        # Given a tensor, backward would leave the rules behind, which what is computed again must follow too.
-        torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
-    return trace.finish()
-
-
-def _mark_segments(model: InternVLChatModel, trace: MemoryTrace, stacks: dict[str, list[int]]) -> None:
-    """Hooks that tell the trace which layer is running, forward and backward."""
-    for part, layers in ((VISION, _vision_layers(model)), (LANGUAGE, _decoder_layers(model))):
-        for layer, repeats in zip(layers, stacks[part], strict=True):
-            _mark_layer(layer, trace, part, repeats)
-    model.vision_model.register_forward_pre_hook(lambda *_: trace.begin(VISION))
-    model.vision_model.register_forward_hook(lambda *_: trace.begin(PROJECTOR))
-    model.mlp1.register_forward_hook(lambda *_: trace.begin(LANGUAGE))
-    model.language_model.get_decoder().register_forward_hook(lambda *_: trace.begin(LOSS))
-
-
-def _mark_layer(layer: nn.Module, trace: MemoryTrace, part: str, repeats: int) -> None:
-    def before(*_: Any) -> None:
-        trace.begin(part, part, repeats)
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        if states.requires_grad:  # called when the gradient of the output is there, just before the layer's backward
-            states.register_hook(lambda _: trace.begin(TEMPORARY, part, repeats))
-
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after)
-
-
-def _autocast(settings: RunSettings) -> Any:
-    """Autocast as accelerate wraps the model's forward in; DeepSpeed has none."""
-    if settings.mixed_precision is None or settings.kind in DEEPSPEED:
-        return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=MIXED[settings.mixed_precision])
-
-
 def _present_gradients(memory: StepMemory, settings: RunSettings) -> int:
-    """Bytes of gradients of earlier micro-batches, also of the layers that are not run."""
-    if settings.gradient_accumulation_steps == 1:
+    """Bytes of gradients that are there before the step, also of the layers that are not run."""
+    if not settings.keeps_gradients:
         return 0
-    scale, dtype = _gradient_scale(settings), MIXED[settings.mixed_precision] if settings.sharded else None
+    scale, dtype = gradient_scale(settings), MIXED[settings.mixed_precision] if settings.sharded else None
     trained = ((kind, number) for kind, number in memory.parameters.items() if kind.trained)
     return round(scale * sum(number * (dtype.itemsize if dtype else kind.itemsize) for kind, number in trained))
-
-
-def _gradient_scale(settings: RunSettings) -> float:
-    """Bytes of a gradient that a device keeps, per byte that the backward pass makes."""
-    if settings.kind in ("zero2", "zero3"):
-        return 1 / settings.devices
-    if settings.kind == "fsdp":  # in the precision of the stored weights: float32 with mixed precision
-        return (2 if settings.mixed_precision is not None else 1) / settings.devices
-    return 1.0
-
-
-def _batch(
-    config: InternVLChatConfig, settings: RunSettings
-) -> tuple[dict[str, torch.Tensor], dict[tuple[int, ...], int]]:
-    """Inputs as the collator makes them, and what `AssumedData` needs to know of them."""
-    rows, length, tiles = settings.rows, settings.tokens, settings.rows * settings.tiles
-    encoded, visual = max(tiles, 1), sum(config.tokens_per_tile(settings.tiles))
-    names = ("input_ids", "labels", "position_ids" if settings.packing else "attention_mask")
-    batch = {name: torch.empty(rows, length, dtype=torch.long) for name in names}
-    batch["loss_weight"] = torch.empty(rows, length)
-    batch["pixel_values"] = torch.empty(encoded, 3, config.image_size, config.image_size)
-    batch["image_flags"] = torch.empty(encoded, dtype=torch.long)
-    labels = min(settings.supervised or length, length - max(visual, 1))
-    selected = {(rows, length - 1): rows * labels, (encoded,): tiles, (): rows * visual}
-    return batch, selected

@@ -119,6 +119,11 @@ class RunSettings:
         return self.kind in ("zero3", "fsdp")
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there during the whole step; ZeRO 3 has a buffer for its share of them."""
+        return self.gradient_accumulation_steps > 1 or self.kind == "zero3"
+
+    @property
     def padded(self) -> bool:
         """Whether attention needs a mask beyond the causal one."""
         return self.packing or self.rows > 1

@@ -6,6 +6,9 @@ Only configurations are read, never weights; a Hub repository is asked only wher
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +21,58 @@ from .recipes import Recipe, list_recipes, load_recipe
 _OUTPUTS = "runs/"  # where recipes write, and where those of later stages read
 
 
-def resolve(source: str, model: str | None = None, **changes: Any) -> tuple[InternVLChatConfig, RunSettings]:
-    """Configuration and settings of what a user names: a release, a checkpoint folder, a Hub repository or a recipe.
+def resolve(
+    source: str, overrides: Sequence[str] = (), model: str | None = None, **changes: Any
+) -> tuple[InternVLChatConfig, RunSettings]:
+    """Configuration and settings of what a user names: a recipe, a release, a checkpoint folder, a Hub repository.
+
+    Where no recipe is named, everything is trained, under bf16 and gradient checkpointing, one row at a time.
 
     Args:
         source: Its name or path.
+        overrides: `section.field=value`, as for `load_recipe`.
         model: For a recipe, the model to estimate instead of the recipe's own.
-        **changes: Fields of `RunSettings` that win over the recipe's, or over the defaults.
+        **changes: Fields of `RunSettings` that win over the recipe's.
 
     Raises:
         ValueError: nothing is called so, a recipe's model is unknown, or settings that cannot be.
     """
-    if Path(source).suffix not in (".yaml", ".yml") and source not in list_recipes():
-        if model is not None:
-            raise ValueError(f"--model goes with a recipe, but {source!r} is none")
-        config = find_config(source)
-        return config, RunSettings(**{"dtype": _stored_dtype(config), **changes})
-    recipe = load_recipe(source, world_size=changes.get("devices", 1))
-    config = find_config(model) if model is not None else _config_of_recipe(recipe)
+    devices = changes.get("devices", 1)
+    if _names_recipe(source):
+        recipe = load_recipe(source, overrides, world_size=devices)
+    elif model is not None:
+        raise ValueError(f"--model goes with a recipe, but {source!r} is none")
+    else:
+        recipe = _plain_recipe(source, overrides, devices)
+    config = _base_config(recipe.model, recipe.name) if model is None else find_config(model)
+    apply_overrides(config, recipe.model)
     return config, settings_of_recipe(recipe, config, **changes)
+
+
+def _names_recipe(source: str) -> bool:
+    """A file, or a name in one of the folders of bundled recipes; a wrong one is `load_recipe`'s to refuse."""
+    folders = {name.partition("/")[0] for name in list_recipes()}
+    bundled = "/" in source and source.partition("/")[0] in folders and not Path(source).is_dir()
+    return bundled or Path(source).suffix in (".yaml", ".yml")
+
+
+def _plain_recipe(source: str, overrides: Sequence[str], devices: int) -> Recipe:
+    """A recipe of the model alone, which takes overrides as any other."""
+    settings = {
+        "model": {"model_name_or_path": source},
+        "training": {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 1},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{Path(source).resolve().name}.yaml")
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        return load_recipe(file, overrides, world_size=devices)
 
 
 def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: Any) -> RunSettings:
     """The settings that a recipe's arguments amount to, with its fullest batch.
+
+    That is a whole pack, or rows of the most tokens (4096 if the recipe sets no bound), each with one image of the
+    most tiles.
 
     Args:
         recipe: The recipe.
@@ -51,6 +83,9 @@ def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: An
         ValueError: a setting that is not modelled.
     """
     model, training = recipe.model, recipe.training
+    for name in ("deepspeed", "fsdp"):
+        if getattr(training, name, None) and "sharding" not in changes:
+            raise ValueError(f"{recipe.name} sets training.{name}: say what it divides with --sharding")
     names = {field.name for field in dataclasses.fields(RunSettings)} & {f.name for f in dataclasses.fields(training)}
     checkpointing = ("gradient_checkpointing", "activation_checkpointing")  # its name from transformers 5.23 on
     fresh = model.model_name_or_path is None and model.llm_path is None
@@ -60,7 +95,7 @@ def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: An
         **_fullest_batch(recipe, config),
         "optim": str(getattr(training.optim, "value", training.optim)),
         "gradient_checkpointing": any(getattr(training, name, False) for name in checkpointing),
-        "dtype": stored if model.dtype == "auto" else model.dtype,
+        "dtype": {"auto": stored, "float16": "bfloat16"}.get(model.dtype, model.dtype),
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else None,
         "attn_implementation": model.attn_implementation,
         "quantization": model.quantization,
@@ -102,19 +137,16 @@ def find_config(name: str) -> InternVLChatConfig:
     return InternVLChatConfig.from_pretrained(name)
 
 
-def _config_of_recipe(recipe: Recipe) -> InternVLChatConfig:
-    config = _base_config(recipe.model, recipe.name)
-    apply_overrides(config, recipe.model)
-    return config
-
-
 def _base_config(model: Any, name: str) -> InternVLChatConfig:
     """The configuration that a recipe starts from; an output of another recipe has that one's."""
     source = model.model_name_or_path
     if source is not None:
         stage = source.removeprefix(_OUTPUTS)
         if stage != source and stage in list_recipes() and not Path(source).is_dir():
-            return _config_of_recipe(load_recipe(stage))
+            earlier = load_recipe(stage)
+            config = _base_config(earlier.model, earlier.name)
+            apply_overrides(config, earlier.model)
+            return config
         return find_config(source)
     if model.llm_path is not None and model.config is None:
         return _composed(model, name)

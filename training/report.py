@@ -11,6 +11,8 @@ from typing import Any
 History = Sequence[Mapping[str, Any]]
 
 _PACKAGES = ("internvl-hub", "torch", "transformers", "accelerate", "peft")
+# What `Trainer` logs of an evaluation beside its measures: how long it took.
+_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
 def points(history: History, key: str) -> list[tuple[float, float]]:
@@ -107,12 +109,21 @@ def _results(trainer: Any) -> list[tuple[str, Any]]:
     return rows
 
 
+def _measures(history: History) -> list[str]:
+    """Keys of what evaluations measured, in the order of their first appearance."""
+    keys = dict.fromkeys(key for entry in history for key in entry)
+    return [key for key in keys if key.startswith("eval_") and not key.endswith(_TIMINGS)]
+
+
 def _evaluations(history: History) -> str:
-    entries = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
-    if not entries:
+    """A table with a row for every step that was evaluated; several data sets are several entries of one step."""
+    keys, steps = _measures(history), dict[int, dict[str, Any]]()
+    for entry in history:
+        if any(key in entry for key in keys):
+            steps.setdefault(entry["step"], {}).update(entry)
+    if not steps:
         return ""
-    keys = [key for key in entries[-1] if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))]
-    rows = [(entry["step"], *(entry.get(key, "") for key in keys)) for entry in entries]
+    rows = [(step, *(entry.get(key, "") for key in keys)) for step, entry in steps.items()]
     return "\n## Evaluation\n\n" + table(["step", *(key.removeprefix("eval_") for key in keys)], rows) + "\n"
 
 
@@ -133,18 +144,17 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     history, accounts = trainer.state.log_history, trainer.accounts
-    metrics = {key: key for entry in history for key in entry if key.startswith("eval_") and key.count("_per_") == 0}
-    metrics.pop("eval_runtime", None)
     curve = ""
     try:
-        write_curve(folder / "loss_curve.png", history, metrics)
+        write_curve(folder / "loss_curve.png", history, {key: key.removeprefix("eval_") for key in _measures(history)})
         curve = "![Loss](loss_curve.png)\n"
     except ImportError:
         pass
-    sources = [(name, rows, accounts.skipped[name]) for name, rows in accounts.source_sizes.items()]
+    unusable = accounts.unusable()
+    sources = [(name, count, unusable[name]) for name, count in accounts.entries.items()]
     text = (
         f"# {title}\n\n{_versions()}\n\n{table(['', 'value'], _results(trainer))}\n\n{curve}"
-        f"\n## Data\n\n{table(['data set', 'rows', 'left out'], sources)}\n"
+        f"\n## Data\n\n{table(['data set', 'entries of an epoch', 'left out'], sources)}\n"
         f"\n## Parameters\n\n{table(['module', 'trained', 'all'], trainable)}\n"
         f"{_evaluations(history)}\n## Settings\n\n```yaml\n{settings.strip()}\n```\n"
     )

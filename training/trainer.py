@@ -70,6 +70,8 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
             raise ValueError("one process drives several GPUs; start one per GPU: torchrun --nproc-per-node N ...")
         if not hasattr(model, "peft_config"):
             model = prepare_for_tuning(model, args)
+        if args.use_liger_kernel:
+            _use_liger(model, args)
         eval_collator = data_collator
         if data_collator is None and processing_class is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -229,6 +231,18 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the parent's; training entries get tokens a second, packing efficiency and skipped rows."""
         super().log({**logs, **self.accounts.rates()} if "loss" in logs else logs, *args, **kwargs)
+
+
+def _use_liger(model: nn.Module, args: InternVLTrainingArguments) -> None:
+    """Puts Liger's kernels into the language model; the parent would look for them by the name of the whole.
+
+    Its fused loss stays off, because the loss here is weighted and taken from supervised positions alone.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(base.language_model, {**(args.liger_kernel_config or {}), **losses})
 
 
 class _SetEpoch(TrainerCallback):

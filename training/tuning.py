@@ -53,6 +53,8 @@ def prepare_for_tuning(model: InternVLChatModel, args: InternVLTrainingArguments
     in the original. `unfreeze_lm_head` trains the output head of a frozen or LoRA-trained language model (the original
     sets an attribute that has no effect). Encoder layers behind `select_layer` are read by nobody and always frozen.
 
+    Parameters that were frozen by hand before stay frozen (without LoRA).
+
     Frozen parts stay in evaluation mode when a trainer calls `train()`: no dropout, no drop path. No graph is kept
     for a frozen encoder, also under gradient checkpointing, for which transformers makes the output of every embedding
     (patches included) require a gradient.
@@ -74,6 +76,7 @@ def prepare_for_tuning(model: InternVLChatModel, args: InternVLTrainingArguments
     """
     if hasattr(model, "peft_config"):
         raise ValueError("the model has adapters already: merge them first (merge_adapters), or continue with it")
+    by_hand = _frozen_by_hand(model)
     _release(model)
     ranks = dict(zip(PARTS, (args.use_backbone_lora, args.use_mlp_lora, args.use_llm_lora), strict=True))
     _check(model, args, ranks)
@@ -85,6 +88,9 @@ def prepare_for_tuning(model: InternVLChatModel, args: InternVLTrainingArguments
         tuned = model
         for name in whole:
             _unfreeze(model.get_submodule(name))
+        for parameter in by_hand:
+            parameter.requires_grad_(False)
+        model._frozen_by_hand = by_hand
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ValueError(
             "freeze_backbone, freeze_llm and freeze_mlp leave no parameter to train: turn one off, or set a rank"
@@ -92,6 +98,12 @@ def prepare_for_tuning(model: InternVLChatModel, args: InternVLTrainingArguments
     _hold_frozen_in_eval(model)
     _cut_graph(model, _reentrant(args))
     return tuned
+
+
+def _frozen_by_hand(model: InternVLChatModel) -> list[nn.Parameter]:
+    """Parameters that were frozen before the model was first prepared: whoever did it wants them frozen."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return getattr(model, "_frozen_by_hand", frozen)
 
 
 def _check(model: InternVLChatModel, args: InternVLTrainingArguments, ranks: dict[str, int]) -> None:

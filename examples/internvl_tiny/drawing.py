@@ -167,7 +167,8 @@ def number_image(rng: random.Random, digits: str, split: Split, tall: bool = Fal
         along = min(max(along, side / 2 + 1), long - side / 2 - 1)
         glyph = _glyph(rng.choice(handwriting_indices(split)[int(digit)]))
         angle = rng.uniform(-turn, turn)
-        shape = (rng.uniform(-slant, slant), math.exp(rng.uniform(-stretch, stretch))) if slant else (0.0, 1.0)
+        hand = random.Random(angle)  # not rng: the texts, and so the vocabulary, stay what they are
+        shape = hand.uniform(-slant, slant), math.exp(hand.uniform(-stretch, stretch))
         mask = _turned(glyph, side, angle, *shape)
         x, y = (across, along) if tall else (along, across)
         image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...training import report
 from .metrics import format_table
 
 _CURVES = {
@@ -14,27 +15,9 @@ _CURVES = {
 
 
 def write_curve(path: Path, history: list[dict[str, Any]]) -> None:
-    """Training loss and held-out accuracies over the steps, as a picture.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the curve needs matplotlib: pip install 'internvl-hub[tiny]'") from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    left.plot(*zip(*losses, strict=True), linewidth=0.8)
-    left.set(yscale="log", xlabel="step", ylabel="loss", title="Training loss")
-    for task, label in _CURVES.items():
-        points = [(entry["step"], entry[f"held_out_{task}"]) for entry in history if f"held_out_{task}" in entry]
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=label)
-    right.set(ylim=(0, 1.02), xlabel="step", ylabel="accuracy", title="Held-out (val) accuracy")
-    right.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    """Training loss and held-out accuracies over the steps, as a picture; see `training.report.write_curve`."""
+    metrics = {f"held_out_{task}": label for task, label in _CURVES.items()}
+    report.write_curve(path, history, metrics, title="Held-out (val) accuracy", limits=(0, 1.02))
 
 
 _CARD = """\

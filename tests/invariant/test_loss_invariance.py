@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,19 +57,50 @@ def test_accumulation_changes_nothing(reduction: str, tmp_path: Path) -> None:
     assert len({round(loss, 3) for loss in results[0][0]}) == 3  # it does train
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Real gloo ranks, the second of which sees text alone: losses, weights, and the loss of an odd evaluation set."""
-    output = tmp_path / "ranks.pt"
+def run_two_ranks(output: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, runs.__file__, str(output), "1"], env=environment, capture_output=True, text=True)
+    command += [runs.__file__, str(output), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = torch.load(output)
+    return torch.load(output)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Real gloo ranks, the second of which sees text alone: losses, weights, and the loss of an odd evaluation set."""
+    ranks = run_two_ranks(tmp_path / "ranks.pt", "1")
     trainer = runs.make_trainer(str(tmp_path), batch=2)
     trainer.train()
     assert ranks["losses"] == pytest.approx(runs.losses(trainer), rel=2e-5)
     assert_same_weights(ranks["weights"], runs.weights(trainer))
     assert ranks["eval_loss"] == pytest.approx(trainer.evaluate(tiny.dataset(count=5))["eval_loss"], rel=2e-5)
+
+
+def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
+    """The plan of two ranks is that of two micro-batches."""
+    ranks = run_two_ranks(tmp_path / "ranks.pt", "1", "packed")
+    trainer = runs.make_trainer(str(tmp_path), batch=1, accumulation=2, **runs.PACKED)
+    trainer.train()
+    assert trainer.accounts.totals["num_samples"] > 9  # rows share packs
+    assert ranks["losses"] == pytest.approx(runs.losses(trainer), rel=2e-5)
+    assert_same_weights(ranks["weights"], runs.weights(trainer))
+    assert ranks["eval_loss"] == pytest.approx(trainer.evaluate(tiny.dataset(count=5))["eval_loss"], rel=2e-5)
+
+
+def test_a_packed_epoch_is_the_padded_epoch(tmp_path: Path) -> None:
+    """All rows in one step: the same loss and the same update, packed or padded, whatever the order."""
+    results = []
+    for options in ({"batch": 24}, {"batch": 24, "train_sampling_strategy": "random"}, {"batch": 1, **runs.PACKED}):
+        trainer = runs.make_trainer(str(tmp_path), max_steps=1, **options)
+        if trainer.args.packing:
+            packs = len(trainer.plan.sampler.planner)
+            trainer = runs.make_trainer(str(tmp_path), max_steps=1, accumulation=packs, **options)
+        trainer.train()
+        assert trainer.accounts.totals["num_samples"] == 24
+        results.append((runs.losses(trainer), runs.weights(trainer)))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=2e-5)
+        assert_same_weights(weights, results[0][1])
 
 
 def test_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:

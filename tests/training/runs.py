@@ -1,6 +1,6 @@
 """Short training runs on the tiny models, for the tests; as a script, one rank of a run on several processes.
 
-Run as: torchrun --nproc-per-node 2 runs.py OUTPUT.pt BATCH
+Run as: torchrun --nproc-per-node 2 runs.py OUTPUT.pt BATCH [packed]
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def make_trainer(
     )
 
 
+# Budgets that make packs of two to five of the rows.
+PACKED = {
+    "packing": True, "max_packed_tokens": 160, "num_images_expected": 8, "train_sampling_strategy": "random",
+}  # fmt: skip
+
+
 def losses(trainer: InternVLTrainer) -> list[float]:
     """The loss of every step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -49,8 +55,9 @@ def weights(trainer: InternVLTrainer) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Trains and evaluates as one rank; the first rank writes what the test compares."""
     output, batch = sys.argv[1], int(sys.argv[2])
+    options = PACKED if "packed" in sys.argv[3:] else {}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, batch=batch, ddp_backend="gloo")
+        trainer = make_trainer(folder, batch=batch, ddp_backend="gloo", **options)
         trainer.train()
         # Five rows in batches of two: the last global batch repeats rows, which must not count twice.
         evaluation = trainer.evaluate(tiny.dataset(count=5))["eval_loss"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -13,15 +12,16 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.utils import is_peft_available
 
+from internvl_hub import losses_internvl
 from internvl_hub.configuration_internvl_chat import InternVLChatConfig
 from internvl_hub.conversion import families
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
-from internvl_hub.training import estimate as estimating
-from internvl_hub.training import memory_model
-from internvl_hub.training.estimate import GIB, RunSettings, add_arguments, estimate, run, suggestions
+from internvl_hub.training import memory_layers
+from internvl_hub.training.estimate import estimate
+from internvl_hub.training.memory_advice import suggestions
 from internvl_hub.training.memory_model import measure_step
-from internvl_hub.training.memory_sources import resolve
-from internvl_hub.training.memory_trace import AssumedData, CudaRules, MemoryTrace
+from internvl_hub.training.memory_settings import RunSettings
+from internvl_hub.training.recipes import RECIPES
 from internvl_hub.training.tuning import prepare_for_tuning
 
 VOCABULARY, CONTEXT = 3000, 7
@@ -59,21 +59,26 @@ def real_model(chosen: RunSettings, config: InternVLChatConfig | None = None) ->
     return tuned.train()
 
 
-def real_batch(config: InternVLChatConfig, chosen: RunSettings) -> dict[str, torch.Tensor]:
-    """Random rows, the last one padded if there are several."""
+def real_batch(config: InternVLChatConfig, chosen: RunSettings) -> dict[str, Any]:
+    """Random rows, the last one padded if there are several; or a pack of two."""
     rows, visual = chosen.rows, sum(config.tokens_per_tile(chosen.tiles))
     ids = torch.randint(10, VOCABULARY, (rows, chosen.tokens))
     ids[:, :visual] = CONTEXT
     mask, labels = torch.ones_like(ids), ids.clone()
-    labels[:, :visual] = -100
+    labels[:, : chosen.tokens - (chosen.supervised or chosen.tokens - visual)] = -100
     if rows > 1:
         mask[-1, -3:], labels[-1, -3:] = 0, -100
     tiles = max(rows * chosen.tiles, 1)
-    return {
+    batch = {
         "input_ids": ids, "labels": labels, "attention_mask": mask, "loss_weight": torch.ones(ids.shape),
         "pixel_values": torch.randn(tiles, 3, config.image_size, config.image_size),
         "image_flags": torch.full((tiles,), int(chosen.tiles > 0)),
     }  # fmt: skip
+    if chosen.packing:
+        del batch["attention_mask"]
+        parts = torch.arange(chosen.tokens // 3), torch.arange(chosen.tokens - chosen.tokens // 3)
+        batch |= {"position_ids": torch.cat(parts).unsqueeze(0), "use_cache": False}
+    return batch
 
 
 class Tracker(MemTracker):
@@ -96,7 +101,7 @@ def tracked_peak(chosen: RunSettings, config: InternVLChatConfig) -> int:
     batch = real_batch(config, chosen)
     autocast = torch.autocast("cpu", torch.bfloat16) if chosen.mixed_precision else contextlib.nullcontext()
     tracker = Tracker()
-    tracker.track_external(tuned, optimizer, *batch.values())
+    tracker.track_external(tuned, optimizer, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
     with tracker:
         with autocast:
             loss = tuned(**batch, num_items_in_batch=torch.ones(())).loss
@@ -115,6 +120,7 @@ REAL = {
     "last encoder layers, eager": ("qwen2", {"freeze_backbone": True, "unfreeze_vit_layers": -2,
                                              "attn_implementation": "eager"}),
     "text alone": ("qwen2", {"tiles": 0, "dtype": "bfloat16"}),
+    "pack": ("qwen3", {"packing": True, "tokens": 160, "supervised": 40}),
 }  # fmt: skip
 
 
@@ -122,6 +128,16 @@ REAL = {
 def test_is_what_a_real_step_takes(case: str) -> None:
     model_type, changes = REAL[case]
     config, chosen = small_config(model_type), settings(**changes)
+    measured = tracked_peak(chosen, config)
+    assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("supervised", [None, 20])
+def test_is_what_a_real_step_takes_where_the_loss_is_in_chunks(
+    supervised: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses_internvl, "MAX_CHUNK_LOGITS", 24 * VOCABULARY)  # 64 labels are three chunks, 20 one
+    config, chosen = small_config(), settings(supervised=supervised, gradient_checkpointing=True, freeze_backbone=True)
     measured = tracked_peak(chosen, config)
     assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.02)
 
@@ -147,12 +163,12 @@ def test_is_what_a_real_step_with_lora_takes(checkpointing: bool) -> None:
 def test_a_few_layers_stand_for_all(changes: dict, selected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(layers=(9, 8), select_layer=selected)
     few = measure_step(config, settings(**changes))
-    monkeypatch.setattr(memory_model, "_representatives", lambda kinds: ([*range(len(kinds))], [1] * len(kinds)))
+    monkeypatch.setattr(memory_layers, "_representatives", lambda kinds: ([*range(len(kinds))], [1] * len(kinds)))
     assert measure_step(config, settings(**changes)) == few
 
 
 def test_layers_of_two_kinds_are_not_mixed_up() -> None:
-    kept, repeats = memory_model._representatives([*"aaaaa", *"bb", *"cccc"])
+    kept, repeats = memory_layers._representatives([*"aaaaa", *"bb", *"cccc"])
     assert kept == [0, 1, 4, 5, 6, 7, 8, 10] and repeats == [1, 3, 1, 1, 1, 1, 2, 1]
 
 
@@ -219,6 +235,29 @@ def test_zero_divides_one_thing_after_the_other() -> None:
         kind: measure_step(small_config(), result.settings).peak["gradients"] for kind, result in found.items()
     }
     assert gradients == {"zero1": 2 * number, "zero2": 2 * number // 4, "zero3": 2 * number // 4}
+
+
+def test_zero_has_the_buffers_of_the_bundled_configurations() -> None:
+    read = {kind: json.loads((RECIPES / "deepspeed" / f"{kind}.json").read_text()) for kind in ("zero2", "zero3")}
+    chosen = {"mixed_precision": "bf16", "dtype": "bfloat16", "devices": 4, "freeze_backbone": True}
+    found = {kind: estimate(small_config(), settings(**chosen, sharding=kind)) for kind in ("zero1", "zero2", "zero3")}
+    model = real_model(settings(freeze_backbone=True))
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found["zero1"].communication == 2 * trained  # fewer than a bucket holds
+    assert found["zero2"].communication == 2 * 2 * read["zero2"]["zero_optimization"]["reduce_bucket_size"]
+    bucket = read["zero3"]["zero_optimization"]["reduce_bucket_size"]
+    assert found["zero3"].communication == 2 * (bucket + everything)
+    assert found["zero3"].gradients == 2 * trained // 4  # a buffer that is there all the time
+
+
+def test_buffers_of_the_backward_pass_are_gone_in_the_update() -> None:
+    chosen = {"tokens": 40, "tiles": 0, "supervised": 1, "gradient_checkpointing": True, "devices": 2}
+    result = estimate(small_config(), settings(**chosen, optim="adamw_torch"))
+    trained = size(real_model(settings()).parameters())
+    assert (result.moment, result.activations) == ("optimizer step", {})
+    assert (result.gradients, result.temporary, result.communication) == (trained, trained, trained)
+    assert estimate(small_config(), settings(**chosen, optim="adamw_torch"), cuda=False).temporary < trained
 
 
 def test_fsdp_keeps_float32_for_the_update() -> None:
@@ -322,79 +361,6 @@ def test_leaves_the_configuration_alone() -> None:
     assert config.to_dict() == before
 
 
-# --------------------------------------------------------------------------------------------------------- the tracing
-
-
-def test_trace_of_a_step_that_can_be_counted_by_hand() -> None:
-    weight = torch.zeros(100, 10, requires_grad=True)  # 4000 bytes, counted elsewhere
-    inputs = torch.zeros(5, 10)
-    trace = MemoryTrace()
-    trace.ignore(weight)
-    weight.register_post_accumulate_grad_hook(trace.gradient)
-    with trace:
-        trace.begin("forward")
-        loss = (inputs @ weight.T).sum()  # an output of 2000 bytes, which the sum does not keep, and its 4 bytes
-        assert trace.now == {"forward": 4, "ignored": 0}
-        trace.begin("temporary")
-        loss.backward()  # a 1 of 4 bytes, expanded over the output; the gradient of the weight
-    assert trace.finish().total() == 4 + 4 + 4000
-    assert {part: size for part, size in trace.now.items() if size} == {"forward": 4, "gradients": 4000}
-
-
-@pytest.mark.parametrize("change", [1, -1])
-def test_trace_counts_a_repeated_segment_as_often_as_it_says(change: int) -> None:
-    trace = MemoryTrace()
-    held = [torch.zeros(100) for _ in range(8)]
-    for i in range(8):
-        trace.track(held[i], "kept")
-    with trace:
-        trace.begin("work", "stack", repeats=5)
-        passing = torch.ones(50)  # 200 bytes at the highest point of each
-        del passing
-        if change > 0:
-            held.append(torch.ones(10))  # 40 bytes stay behind
-        else:
-            held.pop()
-        trace.begin("rest")
-    highest = trace.finish()
-    assert highest.total() == (3200 + 4 * 40 + 200 if change > 0 else 3200 + 200)
-    assert trace.now.total() == (3200 + 5 * 40 if change > 0 else 3200 - 5 * 400)
-
-
-def test_trace_frees_what_repeated_segments_left_behind() -> None:
-    trace = MemoryTrace()
-    with trace:
-        trace.begin("work", "stack", repeats=5)
-        inside, outside = torch.ones(10), torch.ones(20)
-        trace.begin("backward", "stack", repeats=5)
-        del inside  # by each layer what it made itself
-        trace.begin("rest")
-        assert trace.now.total() == 5 * 80
-        del outside  # of all layers at once
-    assert trace.now.total() == 0
-
-
-def test_masks_select_the_rows_that_are_assumed() -> None:
-    with AssumedData({(2, 3): 4}, number=9):
-        values, mask = torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.bool)
-        assert values[mask].shape == (4, 7)
-        assert int(torch.zeros((), dtype=torch.long)) == 9 and not bool(torch.ones((), dtype=torch.bool))
-
-
-def test_cuda_rules() -> None:
-    states = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
-    norm, dropout = torch.nn.LayerNorm(8), torch.nn.Dropout(0.5)
-    with CudaRules():
-        assert norm.to(torch.bfloat16)(states).dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16):
-            assert norm(states).dtype == states.softmax(-1).dtype == torch.float32
-        dropped = dropout(states)
-        assert dropped.grad_fn._saved_result1.dtype == torch.bool
-        torch.testing.assert_close(dropped, states * 2 * dropped.grad_fn._saved_result1)
-        assert dropout.eval()(states) is states
-    assert norm.float()(states.float()).dtype == torch.float32
-
-
 # --------------------------------------------------------------------------------------------------- errors, interface
 
 
@@ -420,44 +386,6 @@ def test_bad_settings_say_what_to_do(changes: dict, message: str) -> None:
         estimate(small_config(), settings(**changes))
 
 
-def call(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([*arguments]))
-
-
-def test_command_prints_a_table(capsys: pytest.CaptureFixture) -> None:
-    assert call("checkpoints/internvl-tiny", "--tokens", "256", "--tiles", "2", "--memory", "8") == 0
-    printed = capsys.readouterr().out
-    assert "256 tokens, 2 tiles, float32 weights" in printed
-    assert "weights, vision encoder" in printed and "fits: 8 GiB a device" in printed
-
-
-def test_command_says_what_would_help(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [("less of everything", estimate(small_config(), settings()))]
-    monkeypatch.setattr(estimating, "suggestions", lambda *_: found)
-    assert call("checkpoints/internvl-tiny", "--tokens", "256", "--tiles", "2", "--memory", "0.5") == 1
-    printed = capsys.readouterr().out
-    assert "does not fit: 0.5 GiB a device" in printed and "less of everything" in printed
-
-
-def test_command_prints_json(capsys: pytest.CaptureFixture) -> None:
-    flags = ["--batch-size", "2", "--no-gradient-checkpointing", "--mixed-precision", "none"]
-    assert call("checkpoints/internvl-tiny", "--tokens", "256", "--tiles", "0", *flags, "--json") == 0
-    content = json.loads(capsys.readouterr().out)
-    assert content["total"] == content["peak"] + GIB == sum(content["parts"].values()) + GIB
-    changed = {"per_device_train_batch_size": 2, "gradient_checkpointing": False, "mixed_precision": None, "tiles": 0}
-    assert changed.items() <= content["settings"].items()
-
-
-@pytest.mark.parametrize(
-    "arguments", [("InternVL9-8B",), ("InternVL3-1B", "--model", "x"), ("InternVL3-1B", "--memory", "0")]
-)
-def test_command_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="InternVL9-8B|--model goes with a recipe|--memory must be above 0"):
-        call(*arguments)
-
-
 @needs_peft
 def test_suggestions_help_and_can_be_run() -> None:
     chosen = settings(per_device_train_batch_size=2, gradient_checkpointing=False, mixed_precision="bf16")
@@ -467,18 +395,3 @@ def test_suggestions_help_and_can_be_run() -> None:
     assert any("zero3 on 8 devices" in label for label in labels) and any("QLoRA" in label for label in labels)
     assert all(result.total < before for _, result in found)
     assert all(result == estimate(small_config(), result.settings) for _, result in found[-1:])
-
-
-def test_settings_of_recipes() -> None:
-    config, packed = resolve("internvl2_5/8b_stage2", devices=8)
-    assert config.vision_config.num_hidden_layers == 24 and config.vision_config.drop_path_rate == 0.1
-    assert (packed.tokens, packed.tiles, packed.packing, packed.dtype) == (16384, 48, True, "bfloat16")
-    assert (packed.gradient_accumulation_steps, packed.mixed_precision) == (64, "bf16")
-    _, lora = resolve("internvl2_5/1b_2nd_lora", tokens=4096)
-    assert (lora.tokens, lora.tiles, lora.rows, lora.use_llm_lora) == (4096, 7, 4, 16)
-    assert lora.freeze_backbone and lora.freeze_llm and lora.freeze_mlp
-
-
-def test_a_recipe_can_take_another_model() -> None:
-    config, _ = resolve("internvl2_5/8b_stage2", "InternVL2_5-1B")
-    assert config.llm_config.hidden_size == 896

@@ -1,5 +1,7 @@
 """The trainer beside its loss: freezing, learning rates, resuming, saving, precision, refusals."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.tests.training import runs
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.arguments import InternVLTrainingArguments
+from internvl_hub.training.generation_metrics import answer_question, mark_answers, question_of
 
 
 @pytest.mark.parametrize(
@@ -142,3 +145,62 @@ def test_labels_may_come_without_weights(tmp_path: Path) -> None:
     trainer.data_collator = lambda batch: {k: v for k, v in collate(batch).items() if k != "loss_weight"}
     trainer.train()
     assert runs.losses(trainer)[0] > 0
+
+
+def test_liger_goes_into_the_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself needs a GPU's compiler; what it is asked for does not."""
+    calls: list[tuple] = []
+    liger = types.ModuleType("liger_kernel.transformers")
+    liger._apply_liger_kernel_to_instance = lambda model, **settings: calls.append((model, settings))
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    for module in ("transformers.integrations.liger", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_liger_kernel_available", lambda: True, raising=False)
+    model = tiny.model()
+    runs.make_trainer(str(tmp_path), model=model, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert calls == [
+        (model.language_model, {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False})
+    ]
+
+
+def test_generated_answers_are_marked(tmp_path: Path) -> None:
+    """A model that knows its eight rows by heart, and one that knows nothing."""
+    rows = tiny.dataset(count=8)
+    options = {"eval_generations": 5, "eval_max_new_tokens": 40, "optim": "adamw_torch", "learning_rate": 1e-2}
+    trainer = runs.make_trainer(str(tmp_path), dataset=rows, max_steps=60, logging_steps=60, **options)
+    before = trainer.evaluate(rows)
+    assert before["eval_exact_match"] == 0 and before["eval_generated"] == 5 and "eval_box_iou" not in before
+    trainer.train()
+    after = trainer.evaluate(rows)
+    assert after["eval_exact_match"] == 1 and after["eval_loss"] < 0.05
+    tokenizer = tiny.tokenizer()
+    texts = [question_of(rows[i], tokenizer).reference for i in range(8)]
+    assert texts == [record.messages[1].text for record in rows.records]
+    for i, record in enumerate(rows.records):
+        question = question_of(rows[i], tokenizer)
+        features = {"pixel_values": question.pixel_values, "num_patches_list": rows[i]["num_patches"]}
+        answer = trainer.model.chat(tokenizer, features["pixel_values"], record.messages[0].text,
+                                    {"max_new_tokens": 40, "do_sample": False},
+                                    num_patches_list=features["num_patches_list"])  # fmt: skip
+        assert answer == answer_question(trainer.model, tokenizer, question, 40)
+
+
+def test_marks_of_answers() -> None:
+    box = "<ref>it</ref><box>[[0, 0, 100, 100]]</box>"
+    marks = mark_answers(["Yes ", "yes", "[[0, 50, 100, 100]]", "[0,0,100,100] [1,1,2,2]", "none"],
+                         ["Yes", "Yes", box, box, box])  # fmt: skip
+    assert marks == {"exact_match": [1, 0, 0, 0, 0], "box_iou": [0.5, 0.5, 0]}
+
+
+def test_hand_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.mlp1[0].requires_grad_(False)
+    trainer = runs.make_trainer(str(tmp_path), model=model)
+    before = runs.weights(trainer)
+    trainer.train()
+    same = {name for name, value in runs.weights(trainer).items() if torch.equal(value, before[name])}
+    assert same == {"mlp1.0.weight", "mlp1.0.bias"}
+    again = runs.make_trainer(str(tmp_path), model=model, freeze_backbone=True)
+    assert not model.mlp1[0].weight.requires_grad and model.mlp1[1].weight.requires_grad
+    third = runs.make_trainer(str(tmp_path), model=again.model)
+    assert next(third.model.vision_model.parameters()).requires_grad
