@@ -62,7 +62,7 @@ class ExactEvaluation(_Base):
         if self.args.eval_generations and isinstance(dataloader.dataset, ConversationDataset):
             limits = self.args.eval_generations, self.args.eval_max_new_tokens
             marks = evaluate_generation(self, dataloader.dataset, *limits)
-            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in marks.items()}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in marks.items()})
         return output
 
     def prediction_step(

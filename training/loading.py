@@ -62,7 +62,8 @@ def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> R
     reasons = _reasons(dataset, rows, args)
     kept = rows[~np.isin(rows, np.fromiter(reasons, dtype=np.int64, count=len(reasons)))]
     if not len(kept):
-        example = f"; the first one: {next(iter(reasons.values()))}" if reasons else ""
+        first = next(iter(reasons.values()), None)
+        example = "" if first is None else f"; {first.where}: {first.reason}"
         raise ValueError(f"the training data has {len(rows)} rows in an epoch, none of which can be used{example}")
     values, counts = np.unique(rows, return_counts=True)
     copies = dict(zip(values.tolist(), counts.tolist(), strict=True))

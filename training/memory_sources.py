@@ -160,8 +160,14 @@ def _composed(model: Any, name: str) -> InternVLChatConfig:
     """That of a release with the same language model (which may be named by it), around the recipe's encoder."""
     encoder, llm = (Path(str(path)).name for path in (model.vision_path, model.llm_path))
     for release in families.releases():
-        if llm in (release.llm, release.name):
+        if _same_shape(llm) in map(_same_shape, filter(None, (release.llm, release.name))):
             config = release.config()
-            config.vision_config = families.find(encoder).config()
+            tower = families.find(encoder).config()
+            config.vision_config = getattr(tower, "vision_config", tower)  # a chat model lends its own
             return config
     raise ValueError(f"{name}: no release is made of {llm}: name a model of the same shape with --model")
+
+
+def _same_shape(name: str) -> str:
+    """A model and its instruction-tuned version under one name."""
+    return name.lower().removesuffix("-instruct")

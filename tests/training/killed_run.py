@@ -40,8 +40,8 @@ def make(folder: Path, kind: str, workers: int) -> Recorder:
     model = tiny.model(kind, vision_config=vision)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     args = InternVLTrainingArguments(
-        output_dir=str(folder / "run"), per_device_train_batch_size=1, packing=True, max_packed_tokens=160,
-        num_images_expected=8, gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS, save_steps=SAVE_EVERY,
+        output_dir=str(folder / "run"), per_device_train_batch_size=1, packing=True, max_packed_tokens=640,
+        num_images_expected=12, gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS, save_steps=SAVE_EVERY,
         learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2, dataloader_num_workers=workers, seed=3,
         report_to="none", use_cpu=True, disable_tqdm=True, ddp_backend="gloo" if ranks > 1 else None,
     )  # fmt: skip

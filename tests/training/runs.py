@@ -38,7 +38,7 @@ def make_trainer(
 
 # Budgets that make packs of two to five of the rows.
 PACKED = {
-    "packing": True, "max_packed_tokens": 160, "num_images_expected": 8, "train_sampling_strategy": "random",
+    "packing": True, "max_packed_tokens": 640, "num_images_expected": 12, "train_sampling_strategy": "random",
 }  # fmt: skip
 
 
