@@ -98,11 +98,18 @@ def _preview(arguments: Sequence[str]) -> int:
     return preview_main(arguments)
 
 
+def _estimate(arguments: Sequence[str]) -> int:
+    from .estimate_command import estimate_main
+
+    return estimate_main(arguments)
+
+
 # Commands with a parser of their own.
 _DELEGATED: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (_train, "train a model as a recipe says"),
     "validate": (_validate, "look for problems in training data"),
     "preview": (_preview, "show rows of training data as the model will see them"),
+    "estimate": (_estimate, "compute the memory that a training run will need on each device"),
+    "train": (_train, "train a model as a recipe says"),
     "upload": (_upload, "gather a checkpoint with its code into a folder, or publish it on the Hub"),
     "demo": (_demo, "answer questions about example images with the bundled tiny model"),
 }

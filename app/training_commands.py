@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,11 +30,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def train_main(argv: Sequence[str]) -> int:
-    """Trains; returns 0, 1 after an error that the user can mend, 130 if the run was interrupted and saved."""
+    """Trains; returns 0, 1 after an error that the user can mend, 130 if the run was interrupted and saved.
+
+    One process of several does not return: see `training.run.leave`.
+    """
     parser = _parser()
     options = parser.parse_intermixed_args(list(argv))
     if not options.list and options.recipe is None:
         parser.error("name a recipe; --list prints the bundled ones")
+    code = _train(options, parser.prog)
+    from ..training.run import leave
+
+    leave(code)
+    return code
+
+
+def _train(options: argparse.Namespace, prog: str) -> int:
     from ..training.accounts import TooManySkippedError
     from ..training.recipes import list_recipes, load_recipe
     from ..training.run import InterruptedRunError, describe, prepare, train
@@ -46,11 +58,13 @@ def train_main(argv: Sequence[str]) -> int:
         if options.dry_run:
             print(describe(prepare(recipe, options.resume)))
         else:
-            print(train(recipe, options.resume))
+            folder = train(recipe, options.resume)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(folder)
     except (ValueError, OSError, ImportError, TooManySkippedError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except (InterruptedRunError, KeyboardInterrupt) as error:
-        print(f"{parser.prog}: {error or 'stopped at once, nothing saved since the last checkpoint'}", file=sys.stderr)
+        print(f"{prog}: {error or 'stopped at once, nothing saved since the last checkpoint'}", file=sys.stderr)
         return 130
     return 0

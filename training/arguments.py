@@ -192,8 +192,8 @@ class InternVLTrainingArguments(TrainingArguments):
             raise ValueError("label_smoothing_factor is not supported: the model computes its own weighted loss")
         if self.restore_callback_states_from_checkpoint:
             raise ValueError(
-                "restore_callback_states_from_checkpoint=True would replace the trainer's own callbacks, which take up "
-                "their state by themselves; leave it at False"
+                "restore_callback_states_from_checkpoint=True would replace the trainer's own callbacks, which take "
+                "up their state by themselves; leave it at False"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the collator needs; leave it at False")

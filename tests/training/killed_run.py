@@ -15,6 +15,7 @@ import torch
 
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.arguments import InternVLTrainingArguments
+from internvl_hub.training.run import leave
 from internvl_hub.training.trainer import InternVLTrainer
 
 STEPS, SAVE_EVERY, ACCUMULATION = 14, 4, 2
@@ -64,8 +65,9 @@ def main() -> None:
         for name, value in sorted(trainer.model.state_dict().items()):
             digest.update(name.encode() + value.numpy().tobytes())
         (options.folder / "weights").write_text(digest.hexdigest(), encoding="utf-8")
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -13,6 +13,7 @@ import torch
 
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.arguments import InternVLTrainingArguments
+from internvl_hub.training.run import leave
 from internvl_hub.training.trainer import InternVLTrainer
 
 
@@ -63,8 +64,9 @@ def main() -> None:
         evaluation = trainer.evaluate(tiny.dataset(count=5))["eval_loss"]
         if trainer.is_world_process_zero():
             torch.save({"losses": losses(trainer), "weights": weights(trainer), "eval_loss": evaluation}, output)
-        trainer.accelerator.end_training()
+        trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     main()
+    leave()

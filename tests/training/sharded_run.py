@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.collation import InternVLCollator
 from internvl_hub.training.evaluation import label_weight
+from internvl_hub.training.run import leave
 
 STEPS, RATE = 3, 0.1
 
@@ -69,8 +70,9 @@ def main() -> None:
     if rank == 0:
         output = {"losses": losses, "weights": weights, "sharded": sharded, "bf16": results}
         torch.save(output, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main()
+    leave()
