@@ -120,7 +120,7 @@ def make_batch(config: InternVLChatConfig, settings: RunSettings) -> dict[str, A
     if rows > 1:
         mask[-1, -3:], labels[-1, -3:] = 0, -100
     tiles = max(rows * settings.tiles, 1)
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": ids, "labels": labels, "attention_mask": mask, "loss_weight": torch.ones(ids.shape),
         "pixel_values": torch.randn(tiles, 3, config.image_size, config.image_size),
         "image_flags": torch.full((tiles,), int(settings.tiles > 0)),
@@ -141,7 +141,7 @@ class Step:
         self.settings = settings
         options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": settings.attn_implementation}
         model = InternVLChatModel._from_config(copy.deepcopy(config), **options)
-        self.model: Any = prepare_for_tuning(model, settings).train()
+        self.model: Any = prepare_for_tuning(model, settings).train()  # type: ignore[arg-type]
         if settings.gradient_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self.buckets = 0
@@ -155,12 +155,12 @@ class Step:
         self.batch = make_batch(config, settings)
         self.tensors = [value for value in self.batch.values() if isinstance(value, torch.Tensor)]
 
-    def _shard(self, model: InternVLChatModel) -> None:
+    def _shard(self, model: Any) -> None:
         """As accelerate does: every layer is a unit, all the rest another; 16 bits to compute."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-        options = {"mesh": dist.init_device_mesh("cpu", (RANKS,)), "mp_policy": policy}
+        options: dict[str, Any] = {"mesh": dist.init_device_mesh("cpu", (RANKS,)), "mp_policy": policy}
         for layer in (*model.vision_model.encoder.layers, *model.language_model.get_decoder().layers):
             fully_shard(layer, **options)
         fully_shard(self.model, **options)

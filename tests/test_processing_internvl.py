@@ -114,6 +114,7 @@ def test_messages_equal_chat(name: str, chat_ids: Any, turns: list) -> None:
 
 def test_message_equals_chat_in_what_it_makes_the_model_say() -> None:
     model, processor, tokenizer = model_of(QWEN), processor_of(QWEN), tokenizer_of(QWEN)
+    model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")  # this fixture does not say it
     inputs = processor.apply_chat_template([user(WIDE, "What is it?")], **PROMPT)
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=4, pad_token_id=2)
     new = output[0, inputs["input_ids"].shape[1] :]

@@ -113,7 +113,7 @@ def estimate(
     held, passing = sharing.held_buffers(step, settings), sharing.passing_buffers(step, settings)
     gradients, temporary = sharing.gradients(step, settings), sharing.update(step, settings, cuda)
     if gradients + temporary > step.peak.total() + passing:
-        now = {"gradients": gradients, "temporary": temporary, "communication": held}
+        now: dict[str, Any] = {"gradients": gradients, "temporary": temporary, "communication": held}
         return MemoryEstimate(**common, **now, activations={}, moment="optimizer step")
     kept = {part: size for part, size in step.peak.items() if size and part not in (GRADIENTS, TEMPORARY)}
     now = {"gradients": step.peak[GRADIENTS], "temporary": step.peak[TEMPORARY], "communication": held + passing}

@@ -15,10 +15,13 @@ from ..modeling_internvl_chat import InternVLChatModel
 
 
 def vision_layers(model: InternVLChatModel) -> nn.ModuleList:
-    return model.vision_model.encoder.layers
+    """The encoder's layers, first to last."""
+    encoder: Any = model.vision_model.encoder
+    return encoder.layers
 
 
 def decoder_layers(model: InternVLChatModel) -> nn.ModuleList:
+    """The language model's layers, first to last."""
     return model.language_model.get_decoder().layers
 
 

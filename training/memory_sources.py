@@ -161,7 +161,7 @@ def _composed(model: Any, name: str) -> InternVLChatConfig:
     encoder, llm = (Path(str(path)).name for path in (model.vision_path, model.llm_path))
     for release in families.releases():
         if _same_shape(llm) in map(_same_shape, filter(None, (release.llm, release.name))):
-            config = release.config()
+            config: Any = release.config()
             tower = families.find(encoder).config()
             config.vision_config = getattr(tower, "vision_config", tower)  # a chat model lends its own
             return config

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    (options.folder / f"pid-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()), encoding="utf-8")
     trainer = make(options.folder, options.kind, options.workers)
     trainer.train(resume_from_checkpoint=options.resume or None)
     if trainer.is_world_process_zero():

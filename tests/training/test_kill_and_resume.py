@@ -30,12 +30,17 @@ def _finish(process: subprocess.Popen, folder: Path) -> None:
 
 
 def _kill_after(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """SIGKILL to all of its processes once it is past a step."""
+    """SIGKILL to all of its processes once it is past a step.
+
+    The ranks first: torchrun's death would send them a SIGTERM, upon which they save.
+    """
     log, deadline = folder / "losses-0", time.monotonic() + 600
     while not (log.is_file() and any(int(line.split()[0]) >= step for line in log.read_text().splitlines()[:-1])):
         assert process.poll() is None, (folder / "output").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    for path in folder.glob("pid-*"):
+        os.kill(int(path.read_text()), signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
