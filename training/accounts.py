@@ -35,10 +35,12 @@ class RunAccounts(TrainerCallback, ExportableState):
     Args:
         entries: Entries of an epoch in each data set: its rows, counted as often as they are repeated.
         max_skip_share: Share of unusable entries of a data set past which the run stops.
+        plan: Fingerprint of the plan of the run, kept in its checkpoints; None where nothing is planned.
     """
 
-    def __init__(self, entries: Mapping[str, int], max_skip_share: float = 0.01) -> None:
+    def __init__(self, entries: Mapping[str, int], max_skip_share: float = 0.01, plan: str | None = None) -> None:
         self.entries = dict(entries)
+        self.plan = plan
         self.max_skip_share = max_skip_share
         self.sources = list(entries)
         self.totals = dict.fromkeys(MEASURES, 0)
@@ -126,9 +128,19 @@ class RunAccounts(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up the counts of an interrupted run."""
+        """Takes up the counts of an interrupted run.
+
+        Raises:
+            ValueError: that run went by another plan.
+        """
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and isinstance(saved, dict):
+        if state.global_step and saved:
+            if saved["attributes"].get("plan") != self.plan:
+                raise ValueError(
+                    "the checkpoint is of a run with other data, limits, batch sizes, number of processes x "
+                    "accumulation steps, or seed: rows would be missed or repeated. Resume with the settings of that "
+                    "run, or start a new one from its weights (model.model_name_or_path=CHECKPOINT)"
+                )
             self.totals |= saved["attributes"]["totals"]
             self.skipped |= {k: v for k, v in saved["attributes"]["skipped"].items() if k in self.skipped}
         self._world_size = args.world_size
@@ -142,5 +154,6 @@ class RunAccounts(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; the number of ranks tells whose files belong to it."""
-        kept = {"totals": dict(self.totals), "skipped": dict(self.skipped), "world_size": self._world_size}
+        kept: dict[str, Any] = {"totals": dict(self.totals), "skipped": dict(self.skipped), "plan": self.plan}
+        kept["world_size"] = self._world_size
         return {"args": {}, "attributes": kept}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from ..data.dataset import ConversationDataset
-from ..data.lengths import LengthIndex
+from ..data.lengths import LengthIndex, hash_of
 from ..data.skipped import Skipped
 from .arguments import InternVLTrainingArguments
 from .packing import BatchPlanner, EpochPlanner
@@ -35,11 +35,13 @@ class RunPlan(NamedTuple):
         sampler: Of the batches of every epoch.
         entries: Entries of an epoch by data set, a row counted as often as it is repeated, left-out ones included.
         left_out: Rows that are in none of the batches.
+        fingerprint: Hash of all that the plan depends on; a run can be resumed only on the same one.
     """
 
     sampler: PlanBatchSampler
     entries: dict[str, int]
     left_out: list[LeftOut]
+    fingerprint: str
 
 
 def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> RunPlan:
@@ -69,7 +71,8 @@ def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> R
     copies = dict(zip(values.tolist(), counts.tolist(), strict=True))
     left_out = [LeftOut(reason, copies[row]) for row, reason in reasons.items() if row in copies]
     planner = _planner(dataset.index, kept, args, grouped)
-    return RunPlan(PlanBatchSampler(planner, kept), _entries(dataset, rows), left_out)
+    sampler = PlanBatchSampler(planner, kept)
+    return RunPlan(sampler, _entries(dataset, rows), left_out, hash_of(kept.tobytes(), planner.fingerprint()))
 
 
 def _planner(index: LengthIndex | None, rows: np.ndarray, args: InternVLTrainingArguments, grouped: bool) -> Planner:

@@ -38,6 +38,8 @@ class Planner(Protocol):
 
     def packs(self, epoch: int) -> Packs: ...
 
+    def fingerprint(self) -> str: ...
+
 
 class PlanBatchSampler(Sampler[list[SampleKey]]):
     """The batch sampler of a plan; pass it as `DataLoader(..., batch_sampler=...)`.

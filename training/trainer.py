@@ -85,7 +85,7 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
         self._eval_collator = eval_collator
         self._eval_sums = [0.0, 0.0, 0.0]
         self.plan = self._plan()
-        self.accounts = RunAccounts(self._entries(), max_skip_share)
+        self.accounts = RunAccounts(self._entries(), max_skip_share, self.plan and self.plan.fingerprint)
         for row, copies in self.plan.left_out if self.plan else ():
             self.accounts.leave_out(row, copies)
         self._signals = SaveOnSignal()

@@ -152,3 +152,15 @@ def test_the_command_explains_what_it_would_do(tmp_path: Path, capsys: pytest.Ca
     assert "nothing.jsonl does not exist" in capsys.readouterr().err
     assert main(["train", "--list"]) == 0
     assert "internvl2_5/8b_stage2" in capsys.readouterr().out.split()
+
+
+def test_a_run_goes_on_only_with_its_own_plan(tmp_path: Path) -> None:
+    train(_recipe("tiny/packed", tmp_path, "training.max_steps=2"))
+    again = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=4", "training.report_to=none"]
+    again += [f"model.model_name_or_path={ROOT / 'checkpoints' / 'internvl-tiny'}"]
+    again += [f"data.data_paths=[{tmp_path / 'train.jsonl'}]", f"data.image_folders=[{tmp_path / 'images'}]"]
+    again += [f"data.index_cache={tmp_path / 'cache'}"]
+    for other in ("training.seed=7", "training.max_packed_tokens=512", "global_batch_size=2"):
+        with pytest.raises(ValueError, match="other data, limits, batch sizes"):
+            train(load_recipe("tiny/packed", [*again, other]), resume=True)
+    assert (train(load_recipe("tiny/packed", again), resume=True) / "checkpoint-4").is_dir()
