@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
@@ -118,7 +119,7 @@ def make_loader(dataset: ConversationDataset, sampler: PlanBatchSampler, collato
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
+        pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         worker_init_fn=partial(_start_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
