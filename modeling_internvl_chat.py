@@ -43,7 +43,7 @@ from .losses_internvl import (
     weighted_cross_entropy_sum,
 )
 from .modeling_intern_vit import InternVisionModel, request_flash_attention
-from .modeling_internlm2 import InternLM2ForCausalLM
+from .modeling_internlm2 import InternLM2ForCausalLM, mend_dynamic_ntk
 from .native_internvl import foreign_tensors
 from .resuming_internvl import accept_disk_names
 
@@ -85,7 +85,9 @@ def build_language_model(config: Any) -> PreTrainedModel:
     """The causal language model of an `llm_config`; shares the configuration object with it."""
     if config.model_type == "internlm2":
         return InternLM2ForCausalLM(config)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    mend_dynamic_ntk(model)
+    return model
 
 
 def _keep_packed_rows_apart(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversion.folders import resolve
 from ..data.features import FeatureMaker
 from ..data.media import RowSettings
 from ..data.validate import Limits
-from ..training import building
 from ..training.arguments import DataArguments, ModelArguments
+from ..training.overrides import apply_overrides, make_processor
 from ..training.recipes import load_recipe
+from ..training.vocabulary import SPECIAL_TOKENS, load_own_tokenizer
 
 _PARTS = ("vision_path", "llm_path", "mlp_path", "config", "tokenizer_path")
 SEED = 42  # as TrainingArguments
@@ -116,9 +118,9 @@ def load_maker(model: ModelArguments) -> FeatureMaker:
     if model.model_name_or_path is None:
         raise DataInputError("the recipe makes its model from parts; give a checkpoint of that kind with --model")
     folder = resolve(model.model_name_or_path, weights=False)
-    config = building.InternVLChatConfig.from_pretrained(folder)
-    building.apply_overrides(config, model)
-    tokenizer = building.load_own_tokenizer(model.tokenizer_path or folder)
-    tokenizer.add_tokens(list(building.SPECIAL_TOKENS), special_tokens=True)
-    processor = building.make_processor(config, tokenizer, model, folder)
+    config = InternVLChatConfig.from_pretrained(folder)
+    apply_overrides(config, model)
+    tokenizer = load_own_tokenizer(model.tokenizer_path or folder)
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    processor = make_processor(config, tokenizer, model, folder)
     return FeatureMaker(tokenizer, processor.image_processor, config)

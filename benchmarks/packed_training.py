@@ -23,8 +23,9 @@ import torch
 
 from ..configuration_internvl_chat import InternVLChatConfig
 from ..modeling_internvl_chat import InternVLChatModel
+from ..training.batching import BatchPlanner
 from ..training.collation import InternVLCollator
-from ..training.packing import BatchPlanner, EpochPlanner
+from ..training.packing import EpochPlanner
 
 PAD, CONTEXT, VOCABULARY = 0, 1, 8192
 

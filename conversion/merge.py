@@ -21,7 +21,7 @@ def merge(
     Two kinds are understood: original checkpoints with adapters inside their weights (`use_backbone_lora` or
     `use_llm_lora` > 0), which are merged tensor by tensor, and PEFT adapter folders, for which the base is loaded into
     memory and PEFT merges. The result has the base's configuration but for the two LoRA fields, and for what the
-    run changed of it (`training.tuning.merge_adapter_folder`).
+    run changed of it (`training.merging.merge_adapter_folder`).
 
     Args:
         name_or_path: A folder or a Hub repository; never changed.
@@ -37,7 +37,7 @@ def merge(
     folder = resolve(name_or_path, **hub)
     refuse_same(folder, target)
     if (folder / _ADAPTER).is_file():
-        from ..training.tuning import merge_adapter_folder  # rebuilds the model as it was built for training
+        from ..training.merging import merge_adapter_folder  # rebuilds the model as it was built for training
 
         return merge_adapter_folder(folder, target, base, **{k: v for k, v in options.items() if k not in hub})
     if base is not None:

@@ -1,7 +1,8 @@
-"""Which frames of a video are shown, and the lines that announce them: pure functions of numbers.
+"""Which frames of a video are shown: pure functions of numbers.
 
 Two families of rules: `segment_indices` is what InternVL does at inference, `training_indices` what it does in
-training. Nothing here opens a file (`video` does), and nothing draws from a global random state.
+training. Nothing here opens a file (`video` does), and nothing draws from a global random state. The part of a video
+that a row names is `clips`, the lines that announce frames are `frame_prompts`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..conversation import IMAGE_PLACEHOLDER
+from .clips import Clip, check_clip, check_positive, clip_range, frame_at
 
-Clip = Sequence[float]
-"""Start and end in seconds, counted from the first frame; the end may be infinite."""
-
-LABEL_TOKENS = 10
-"""Text tokens around the visual ones of a frame, from above: `Frame-100: <img>...</img>` and the line's end."""
-
-
-# --- inference -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- inference
 
 
 def segment_indices(
@@ -51,12 +45,12 @@ def segment_indices(
     Raises:
         ValueError: an argument is out of range, or the bound lies outside the video.
     """
-    _check_positive(frames=frames, segments=segments)
+    check_positive(frames=frames, segments=segments)
     start, end = first_index, frames - 1
     if bound is not None:
-        low, high = _check_clip(bound)
-        start = max(start, round(_position(low, fps, timestamps)))
-        end = end if high == np.inf else min(end, round(_position(high, fps, timestamps)))
+        low, high = check_clip(bound)
+        start = max(start, round(frame_at(low, fps, timestamps)))
+        end = end if high == np.inf else min(end, round(frame_at(high, fps, timestamps)))
     if not 0 <= start <= end:
         raise ValueError(
             f"bound={bound} and first_index={first_index} give the frames {start} to {end} of a video of {frames}; "
@@ -66,7 +60,7 @@ def segment_indices(
     return (start + part / 2 + np.round(part * np.arange(segments))).astype(np.int64)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def training_indices(
@@ -100,7 +94,7 @@ def training_indices(
     Raises:
         ValueError: an argument is out of range, or the clip lies outside the video.
     """
-    _check_positive(frames=frames)
+    check_positive(frames=frames)
     _check_range(min_frames, max_frames)
     first, length = (0, frames) if clip is None else clip_range(frames, clip, fps, timestamps)
     count = max_frames if frames_per_second(sampling) else draw_frame_count(min_frames, max_frames, generator)
@@ -153,7 +147,7 @@ def get_frame_indices(
     Raises:
         ValueError: an argument is out of range, or one that the rule needs is missing.
     """
-    _check_positive(frames=frames, count=count)
+    check_positive(frames=frames, count=count)
     rate = frames_per_second(sampling)
     if rate:
         return _at_rate(frames, rate, fps, timestamps)[:max_frames]
@@ -186,80 +180,6 @@ def _at_rate(frames: int, rate: float, fps: float | None, timestamps: Sequence[f
     return indices if len(indices) else np.array([(frames - 1) // 2], dtype=np.int64)
 
 
-def clip_range(
-    frames: int, clip: Clip, fps: float | None = None, timestamps: Sequence[float] | None = None
-) -> tuple[int, int]:
-    """First frame and number of frames of a clip, by the training rule: int(s fps) and int((e - s) fps).
-
-    At least one frame; an end past the video counts as its end.
-
-    Args:
-        frames: Number of frames of the video.
-        clip: Start and end in seconds.
-        fps: Frames per second.
-        timestamps: Seconds of every frame where the rate varies; they replace `fps`.
-
-    Raises:
-        ValueError: the clip is malformed or begins after the video, or neither `fps` nor `timestamps` is given.
-    """
-    start, end = _check_clip(clip)
-    first = int(_position(start, fps, timestamps))
-    if start < 0 or first >= frames:
-        raise ValueError(f"clip={clip} begins at frame {first} of a video of {frames}; choose it inside the video")
-    if end == np.inf:
-        length = frames
-    elif timestamps is None:
-        length = int(_position(end - start, fps, None))
-    else:
-        length = int(_position(end, fps, timestamps)) - first
-    return first, min(max(1, length), frames - first)
-
-
-# --- budget and prompt -----------------------------------------------------------------------------------------------
-
-
-def frames_within(tokens: int, tokens_per_frame: int = 256, label_tokens: int = LABEL_TOKENS) -> int:
-    """Most frames whose lines take at most `tokens` tokens, to bound `max_frames` or `segments` with.
-
-    Args:
-        tokens: What is left for the video: the length limit less the text of the row.
-        tokens_per_frame: Visual tokens of one frame (one tile; 256 in all released models).
-        label_tokens: Text tokens around them.
-
-    Raises:
-        ValueError: not even one frame fits.
-    """
-    _check_positive(tokens_per_frame=tokens_per_frame)
-    fitting = tokens // (tokens_per_frame + label_tokens)
-    if fitting < 1:
-        raise ValueError(
-            f"tokens={tokens} cannot hold one frame of {tokens_per_frame} + {label_tokens} tokens; raise the limit"
-        )
-    return fitting
-
-
-def frame_prompt(count: int, timestamps: Sequence[float] | None = None) -> str:
-    """The lines that stand for a video, each ended by a newline: `Frame-1: <image>`, `Frame-2: <image>`, ...
-
-    They go before the question, or in place of `<video>` and its newline. The plain form is that of the original's
-    training code and model cards.
-
-    Args:
-        count: Number of frames.
-        timestamps: Seconds of each frame, for questions about time: `Frame-1 (0.5s): <image>`. No release was trained
-            on this form; it is for models that are.
-    """
-    _check_positive(count=count)
-    if timestamps is None:
-        return "".join(f"Frame-{i}: {IMAGE_PLACEHOLDER}\n" for i in range(1, count + 1))
-    if len(timestamps) != count:
-        raise ValueError(f"timestamps has {len(timestamps)} values for {count} frames; give one per frame")
-    return "".join(f"Frame-{i} ({moment:.1f}s): {IMAGE_PLACEHOLDER}\n" for i, moment in enumerate(timestamps, 1))
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
 def frames_per_second(sampling: str) -> float | None:
     """The X of `fpsX`; None for the rules without a rate.
 
@@ -277,33 +197,6 @@ def frames_per_second(sampling: str) -> float | None:
     return rate
 
 
-def _position(seconds: float, fps: float | None, timestamps: Sequence[float] | None) -> float:
-    """Frame number at a moment, with its fraction; beyond the last timestamp it grows by one frame a second."""
-    if timestamps is not None:
-        moments = np.asarray(timestamps, dtype=np.float64)
-        inside = float(np.interp(seconds, moments, np.arange(len(moments))))
-        # A moment read back from a rounded timestamp must not fall to the frame before.
-        return round(inside, 6) + max(0.0, seconds - float(moments[-1]))
-    if fps is None:
-        raise ValueError("a clip in seconds needs the frame rate of the video; pass fps")
-    if not fps > 0:
-        raise ValueError(f"fps must be positive, got {fps}")
-    return seconds * fps
-
-
-def _check_clip(clip: Clip) -> tuple[float, float]:
-    values = tuple(float(value) for value in clip)
-    if len(values) != 2 or not (np.isfinite(values[0]) and values[0] < values[1]):
-        raise ValueError(f"a clip is (start, end) in seconds with start < end, got {clip}")
-    return values[0], values[1]
-
-
 def _check_range(min_frames: int, max_frames: int) -> None:
     if not 1 <= min_frames <= max_frames:
         raise ValueError(f"1 <= min_frames <= max_frames must hold, got {min_frames} and {max_frames}")
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

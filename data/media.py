@@ -20,7 +20,8 @@ from PIL import Image
 from ..conversation import ImageSlot, split_image_placeholders
 from ..tiling_internvl import ImageLoadError, load_image, read_image_size
 from .augmentation import Take
-from .frame_sampling import draw_frame_count, frame_prompt, training_indices
+from .frame_prompts import frame_prompt
+from .frame_sampling import draw_frame_count, training_indices
 from .mixture import DataSource
 from .records import FrameSampling, Record, RecordError, Video, VideoSlot
 from .video import VideoInfo, VideoLoadError, probe_video, read_frames

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.frame_sampling import frames_per_second
@@ -179,6 +180,13 @@ class InternVLTrainingArguments(TrainingArguments):
     weight_decay: float = _setting(0.05, "Weight decay.")
     warmup_steps: float = _setting(0.03, "Warm-up steps, or their share if below 1.")
     lr_scheduler_type: str = _setting("cosine", "Learning rate schedule.")
+
+    @property
+    def device(self) -> torch.device:
+        """As in the base class, with no index on a CPU: before 5.18 transformers resumes ranks on "cpu:0", which torch
+        does not know."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def __post_init__(self) -> None:
         super().__post_init__()

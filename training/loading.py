@@ -18,7 +18,8 @@ from ..data.dataset import ConversationDataset
 from ..data.lengths import LengthIndex, hash_of
 from ..data.skipped import Skipped
 from .arguments import InternVLTrainingArguments
-from .packing import BatchPlanner, EpochPlanner
+from .batching import BatchPlanner
+from .packing import EpochPlanner
 from .sampling import PlanBatchSampler, Planner
 
 

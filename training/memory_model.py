@@ -24,7 +24,8 @@ from .memory_fakes import QuantizedLinear
 from .memory_layers import decoder_layers, shorten_language, shorten_vision, vision_layers
 from .memory_settings import DTYPES, MIXED, RunSettings
 from .memory_step import LANGUAGE, PROJECTOR, VISION, gradient_scale, trace_step
-from .tuning import part_of, prepare_for_tuning
+from .parts import part_of
+from .tuning import prepare_for_tuning
 
 ADAPTERS = "adapters"
 PARTS = {"vision_model": VISION, "mlp1": PROJECTOR, "language_model": LANGUAGE}

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversion import families
-from .building import apply_overrides
 from .memory_settings import RunSettings
+from .overrides import apply_overrides
 from .recipes import Recipe, list_recipes, load_recipe
 
 _OUTPUTS = "runs/"  # where recipes write, and where those of later stages read

@@ -136,7 +136,7 @@ def write_report(
         folder: Of the run.
         trainer: The `InternVLTrainer` after `train()`.
         settings: The recipe, resolved, as YAML.
-        trainable: (module, trained parameters, parameters), as `tuning.trainable_summary` gives.
+        trainable: (module, trained parameters, parameters), as `parameters.trainable_summary` gives.
         title: Headline.
 
     Returns:

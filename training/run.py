@@ -21,10 +21,12 @@ from ..data.sources import load_sources
 from .arguments import InternVLTrainingArguments
 from .building import Built, build
 from .checkpoints import find_last_checkpoint
-from .recipes import Recipe, RecipeError, check_ready, dump_recipe
+from .parameters import trainable_summary
+from .recipe_checks import check_ready
+from .recipe_fields import RecipeError
+from .recipes import Recipe, dump_recipe
 from .report import write_report
 from .trainer import InternVLTrainer
-from .tuning import trainable_summary
 
 INDEX_CACHE = Path(HF_HOME) / "internvl" / "lengths"
 BASE = "base"  # where a model that was built for LoRA is kept, in the run's folder

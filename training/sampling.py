@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from .packing import Packs
+from .plans import Packs
 
 
 class SampleKey(NamedTuple):

@@ -22,8 +22,9 @@ from .collation import InternVLCollator
 from .evaluation import Batch, ExactEvaluation, label_weight
 from .interrupts import SaveOnSignal
 from .loading import RunPlan, make_loader, plan_run
+from .parameters import parameter_groups
 from .progress import RunProgress
-from .tuning import parameter_groups, prepare_for_tuning
+from .tuning import prepare_for_tuning
 
 __all__ = ["InternVLTrainer", "find_last_checkpoint", "label_weight"]
 

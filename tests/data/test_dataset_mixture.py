@@ -19,7 +19,7 @@ from internvl_hub.data.mixture import DataSource, Mixture
 from internvl_hub.data.records import RecordError, RecordFile
 from internvl_hub.data.skipped import Skipped
 from internvl_hub.tests.training import tiny_models as tiny
-from internvl_hub.training.packing import BatchPlanner
+from internvl_hub.training.batching import BatchPlanner
 from internvl_hub.training.sampling import PlanBatchSampler, SampleKey
 
 ORIENTATION, QUARTER_TURN = 0x0112, 6

@@ -36,9 +36,10 @@ from internvl_hub.conversion.convert import convert
 from internvl_hub.modeling_intern_vit import InternVisionModel
 from internvl_hub.modeling_internvl_chat import InternVLChatModel, build_language_model
 from internvl_hub.processing_internvl import InternVLProcessor
-from internvl_hub.training import building
+from internvl_hub.training import quantization
 from internvl_hub.training.arguments import ModelArguments
-from internvl_hub.training.building import SPECIAL_TOKENS, Built, build
+from internvl_hub.training.building import Built, build
+from internvl_hub.training.vocabulary import SPECIAL_TOKENS
 
 BACKBONES = ("qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "gpt_oss", "internlm2", "llama", "phi3", "mistral", "gemma2")
 # As training adds them (spec of the original, `internvl/train/constants.py`).
@@ -470,7 +471,7 @@ def test_fresh_weights_need_a_tokenizer() -> None:
 
 
 def test_quantization_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="quantization='nf4' needs bitsandbytes: pip install bitsandbytes"):
         _checkpoint(quantization="nf4")
 
@@ -488,9 +489,9 @@ def test_quantization_needs_a_base_and_linear_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_only_the_decoder_is_quantized(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By transformers' own rule of what it replaces."""
-    monkeypatch.setattr(building, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
     monkeypatch.setattr("importlib.metadata.version", lambda package: "1.0.0")
-    settings = building.quantization_config(kind, "float16")
+    settings = quantization.quantization_config(kind, "float16")
     assert settings.quantization_method() == {"nf4": "nf4", "int8": "llm_int8"}[kind]
     if kind == "nf4":
         assert settings.bnb_4bit_use_double_quant and settings.bnb_4bit_compute_dtype == torch.float16

@@ -15,17 +15,10 @@ from torch import nn
 
 from internvl_hub.conversion.families import find
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
-from internvl_hub.training import recipes
 from internvl_hub.training.arguments import DataArguments, InternVLTrainingArguments, ModelArguments
-from internvl_hub.training.recipes import (
-    RECIPES,
-    Recipe,
-    RecipeError,
-    check_ready,
-    dump_recipe,
-    list_recipes,
-    load_recipe,
-)
+from internvl_hub.training.recipe_checks import check_ready
+from internvl_hub.training.recipe_fields import SECTIONS, RecipeError
+from internvl_hub.training.recipes import RECIPES, Recipe, dump_recipe, list_recipes, load_recipe
 from internvl_hub.training.tuning import prepare_for_tuning
 
 _ROOT = RECIPES.parent
@@ -505,12 +498,12 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 def test_no_name_is_in_two_sections() -> None:
     """Else a bare name in an override would be ambiguous; the error for that is below."""
-    names = [field.name for cls in recipes.SECTIONS.values() for field in dataclasses.fields(cls)]
+    names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
     assert len(names) == len(set(names))
 
 
 def test_an_ambiguous_name_needs_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recipes.SECTIONS, "more", ModelArguments)
+    monkeypatch.setitem(SECTIONS, "more", ModelArguments)
     with pytest.raises(RecipeError, match="llm_path is a field of model and more; name the section"):
         load_recipe(_recipe(tmp_path), ["llm_path=a"])
 

@@ -17,9 +17,10 @@ from internvl_hub.app.cli import main
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.tests.conftest import ROOT
 from internvl_hub.tests.training import tiny_models as tiny
-from internvl_hub.training.recipes import Recipe, RecipeError, load_recipe
+from internvl_hub.training.merging import merge_adapter_folder
+from internvl_hub.training.recipe_fields import RecipeError
+from internvl_hub.training.recipes import Recipe, load_recipe
 from internvl_hub.training.run import InterruptedRunError, prepare, train
-from internvl_hub.training.tuning import merge_adapter_folder
 
 
 def _data(folder: Path, count: int = 20) -> list[str]:

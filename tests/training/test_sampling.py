@@ -13,7 +13,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from internvl_hub.training.packing import BatchPlanner, EpochPlanner
+from internvl_hub.training.batching import BatchPlanner
+from internvl_hub.training.packing import EpochPlanner
 from internvl_hub.training.sampling import PlanBatchSampler, SampleKey
 
 ROWS = 37

@@ -25,14 +25,9 @@ from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.tests.training import runs, tiny_models
 from internvl_hub.training.arguments import InternVLTrainingArguments, ModelArguments
 from internvl_hub.training.building import build
-from internvl_hub.training.tuning import (
-    TrainableRow,
-    merge_adapter_folder,
-    merge_adapters,
-    parameter_groups,
-    prepare_for_tuning,
-    trainable_summary,
-)
+from internvl_hub.training.merging import merge_adapter_folder, merge_adapters
+from internvl_hub.training.parameters import TrainableRow, parameter_groups, trainable_summary
+from internvl_hub.training.tuning import prepare_for_tuning
 
 BACKBONES = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "internlm2", "llama", "phi3", "mistral", "gemma2")
 VISION, MLP, LLM = "vision_model.", "mlp1.", "language_model."
