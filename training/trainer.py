@@ -7,6 +7,7 @@ into it. The original divides inside every micro-batch and averages the quotient
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from .collation import InternVLCollator
 from .evaluation import Batch, ExactEvaluation, label_weight
 from .interrupts import SaveOnSignal
 from .loading import RunPlan, make_loader, plan_run
+from .packed_attention import attention_by_row
 from .parameters import parameter_groups
 from .progress import RunProgress
 from .tuning import prepare_for_tuning
@@ -131,10 +133,11 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from")
         if resume_from_checkpoint is not None and resume_from_checkpoint is not False:
             resume_from_checkpoint = str(resume_from_checkpoint)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._signals.restore)
+            if self.args.packing:
+                stack.enter_context(attention_by_row(_base(self.model).language_model))
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._signals.restore()
 
     @property
     def interrupted(self) -> bool:
@@ -234,6 +237,11 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
         super().log({**logs, **self.accounts.rates()} if "loss" in logs else logs, *args, **kwargs)
 
 
+def _base(model: Any) -> Any:
+    """The model without adapters around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def _use_liger(model: nn.Module, args: InternVLTrainingArguments) -> None:
     """Puts Liger's kernels into the language model; the parent would look for them by the name of the whole.
 
@@ -241,9 +249,8 @@ def _use_liger(model: nn.Module, args: InternVLTrainingArguments) -> None:
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply_liger_kernel(base.language_model, {**(args.liger_kernel_config or {}), **losses})
+    apply_liger_kernel(_base(model).language_model, {**(args.liger_kernel_config or {}), **losses})
 
 
 class _SetEpoch(TrainerCallback):

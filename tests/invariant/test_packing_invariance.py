@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, set_seed
 
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.training.collation import InternVLCollator
+from internvl_hub.training.packed_attention import attention_by_row
 
 Row = dict[str, Any]
 
@@ -116,6 +117,35 @@ def test_window_shorter_than_a_row(kind: str, attention: str) -> None:
     with torch.no_grad():
         wide = alone(make_model(kind, attention, **dict.fromkeys(SLIDING[kind], 64)), rows[4])
         assert not torch.allclose(alone(model, rows[4]), wide, atol=1e-3)  # the window does something
+
+
+@pytest.mark.parametrize(("kind", "window"), [*((kind, False) for kind in NO_SINKS), ("phi3", True)])
+def test_attention_row_by_row(kind: str, window: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the trainer runs packs: no mask of the whole pack is ever made, nor looked at."""
+    model, rows = make_model(kind, "sdpa", **(SLIDING[kind] if window else {})), make_rows()
+    with torch.no_grad():
+        expected = torch.cat([alone(model, row) for row in rows])
+    with attention_by_row(model.language_model) as active:
+        assert active and model.language_model.config._attn_implementation == "sdpa_by_row"
+        assert_same_training(model, rows, "square")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        assert_same_training(model, rows, "square")
+        model.gradient_checkpointing_disable()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.cat([alone(model, row) for row in rows]), expected, rtol=0, atol=1e-10)
+            with monkeypatch.context() as patch:
+                patch.setattr("internvl_hub.modeling_internvl_chat.create_masks_for_generate", None)
+                packed = model(**pack(rows), output_logits=True).logits[0]
+    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-10)
+    assert model.language_model.config._attn_implementation == "sdpa"
+    assert len(model.language_model.get_decoder()._forward_pre_hooks) == 1
+
+
+def test_only_sdpa_is_replaced() -> None:
+    model = make_model("gpt_oss", "eager")
+    with attention_by_row(model.language_model) as active:
+        assert not active and model.language_model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
