@@ -190,6 +190,8 @@ class InternVLTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:  # every step uses all: text alone runs a black tile through
+            self.ddp_find_unused_parameters = False
         if self.loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, got {self.loss_reduction!r}")
         if not self.average_tokens_across_devices:

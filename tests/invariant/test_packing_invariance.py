@@ -142,6 +142,18 @@ def test_attention_row_by_row(kind: str, window: bool, monkeypatch: pytest.Monke
     assert len(model.language_model.get_decoder()._forward_pre_hooks) == 1
 
 
+@pytest.mark.parametrize("kind", NO_SINKS)
+def test_answers_during_training_stay_the_same(kind: str) -> None:
+    """Evaluation generates while packs are attended to row by row."""
+    model, row = make_model(kind, "sdpa").eval(), make_rows()[0]
+    inputs = {"input_ids": row["input_ids"][None].repeat(2, 1), "pixel_values": row["pixel_values"].repeat(2, 1, 1, 1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **settings)
+    with attention_by_row(model.language_model):
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
 def test_only_sdpa_is_replaced() -> None:
     model = make_model("gpt_oss", "eager")
     with attention_by_row(model.language_model) as active:
