@@ -13,6 +13,7 @@ History = Sequence[Mapping[str, Any]]
 _PACKAGES = ("internvl-hub", "torch", "transformers", "accelerate", "peft")
 # What `Trainer` logs of an evaluation beside its measures: how long it took.
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+_COUNTS = ("_generated", "_skipped")  # beside which losses and shares would be a flat line
 
 
 def points(history: History, key: str) -> list[tuple[float, float]]:
@@ -146,7 +147,8 @@ def write_report(
     history, accounts = trainer.state.log_history, trainer.accounts
     curve = ""
     try:
-        write_curve(folder / "loss_curve.png", history, {key: key.removeprefix("eval_") for key in _measures(history)})
+        drawn = (key for key in _measures(history) if not key.endswith(_COUNTS))
+        write_curve(folder / "loss_curve.png", history, {key: key.removeprefix("eval_") for key in drawn})
         curve = "![Loss](loss_curve.png)\n"
     except ImportError:
         pass

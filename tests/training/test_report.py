@@ -108,6 +108,18 @@ def test_curve_is_drawn_where_the_report_shows_it(tmp_path: Path) -> None:
     assert [255, 255, 255] in drawn.tolist() and (np.ptp(drawn, axis=1) > 100).any()  # paper, and coloured lines
 
 
+def test_counts_are_in_the_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a hundred answers, losses and shares would be a flat line."""
+    drawn: dict[str, str] = {}
+    monkeypatch.setattr(
+        "internvl_hub.training.report.write_curve", lambda path, history, metrics: drawn.update(metrics)
+    )
+    history = [{"step": 2, "eval_loss": 0.5, "eval_exact_match": 0.7, "eval_generated": 100.0, "eval_skipped": 3}]
+    text = write(tmp_path, make_trainer(history))
+    assert drawn == {"eval_loss": "loss", "eval_exact_match": "exact_match"}
+    assert read_tables(text)["Evaluation"][0] == ["step", "loss", "exact_match", "generated", "skipped"]
+
+
 def test_report_does_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = write(tmp_path, make_trainer(HISTORY))
