@@ -5,6 +5,7 @@ Fields keep the names of the original's scripts (`internvl/train/internvl_chat_f
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +190,8 @@ class InternVLTrainingArguments(TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
     def __post_init__(self) -> None:
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # a recipe for several processes runs on one too
+            self.ddp_backend = None
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:  # every step uses all: text alone runs a black tile through
             self.ddp_find_unused_parameters = False

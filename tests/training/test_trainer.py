@@ -134,6 +134,12 @@ def test_arguments_that_break_the_loss_are_refused(tmp_path: Path) -> None:
             InternVLTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
 
 
+def test_settings_for_several_processes_run_on_one(tmp_path: Path) -> None:
+    trainer = runs.make_trainer(str(tmp_path), ddp_backend="gloo", max_steps=1)
+    trainer.train()
+    assert trainer.args.world_size == 1 and trainer.state.global_step == 1
+
+
 def test_labels_may_come_without_weights(tmp_path: Path) -> None:
     """A collator of one's own: every label then counts 1."""
     message = (Message("human", "Q"), Message("gpt", "A B C"))
