@@ -73,9 +73,9 @@ def test_wheel_holds_the_code_and_nothing_else(wheel: Path) -> None:
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         folder = Path(*package.split(".")[1:])
         expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).glob("*.py")}
-    expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/**/*.yaml")}
-    expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/*/*.json")}
-    expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("conversion/*.yaml")}
+    settings = ("recipes/**/*.yaml", "recipes/*/*.json", "conversion/*.yaml", "examples/internvl_tiny/stages/*.yaml")
+    for pattern in settings:
+        expected |= {f"internvl_hub/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
     assert names == expected
 
 
