@@ -9,9 +9,11 @@ import argparse
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .commands import run_command
 
 if TYPE_CHECKING:
     from ..data.mixture import Mixture
@@ -21,23 +23,12 @@ if TYPE_CHECKING:
 
 def validate_main(argv: Sequence[str]) -> int:
     """Checks data; returns 0, or 1 if there are errors or the data cannot be opened."""
-    return _run(_validate, _validate_parser(), argv)
+    return run_command(_validate, _validate_parser(), argv)
 
 
 def preview_main(argv: Sequence[str]) -> int:
     """Shows rows; returns 0, or 1 if one of them cannot be used or the data cannot be opened."""
-    return _run(_preview, _preview_parser(), argv)
-
-
-def _run(command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    options = parser.parse_intermixed_args(list(argv))
-    try:
-        return command(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command(_preview, _preview_parser(), argv)
 
 
 def _parser(name: str, description: str, *examples: str) -> argparse.ArgumentParser:

@@ -48,13 +48,7 @@ class DataInputs:
     @property
     def settings(self) -> RowSettings:
         """How rows are read; a row that is too long can still be looked at."""
-        data = self.data
-        return RowSettings(
-            exif=data.exif,
-            min_num_frame=data.min_num_frame,
-            max_num_frame=data.max_num_frame,
-            frame_sampling=data.frame_sampling,
-        )
+        return RowSettings.of_arguments(self.data)
 
 
 def read_inputs(options: argparse.Namespace) -> DataInputs:
@@ -79,9 +73,8 @@ def read_inputs(options: argparse.Namespace) -> DataInputs:
 def _read_recipe(name: str, overrides: Sequence[str]) -> DataInputs:
     recipe = load_recipe(name, overrides)
     training = recipe.training
-    lengths = [training.max_seq_length, training.max_packed_tokens if training.packing else None]
     limits = Limits(
-        min((length for length in lengths if length is not None), default=None),
+        training.longest_row,
         training.num_images_expected if training.packing else None,
         training.seed,
     )

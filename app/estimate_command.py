@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from .commands import run_command
 
 if TYPE_CHECKING:
     from ..training.estimate import MemoryEstimate
@@ -32,15 +33,7 @@ or 1 if the run does not fit into --memory or cannot be estimated.
 
 def estimate_main(argv: Sequence[str]) -> int:
     """Prints an estimate; returns 0, or 1 if the run does not fit into `--memory` or cannot be estimated."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(list(argv))
-    try:
-        return _estimate(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command(_estimate, _parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,9 @@ from .frame_sampling import draw_frame_count, training_indices
 from .mixture import DataSource
 from .records import FrameSampling, Record, RecordError, Video, VideoSlot
 from .video import VideoInfo, VideoLoadError, probe_video, read_frames
+
+if TYPE_CHECKING:
+    from ..training.arguments import DataArguments
 
 Turn = tuple[str, tuple[str | ImageSlot, ...]]
 
@@ -51,6 +55,18 @@ class RowSettings:
     min_num_frame: int = 8
     max_num_frame: int = 32
     frame_sampling: str = "rand"
+
+    @classmethod
+    def of_arguments(cls, data: DataArguments, max_seq_length: int | None = None) -> RowSettings:
+        """What the arguments of a run say for every data set."""
+        return cls(
+            max_seq_length=max_seq_length,
+            data_augment=data.data_augment,
+            exif=data.exif,
+            min_num_frame=data.min_num_frame,
+            max_num_frame=data.max_num_frame,
+            frame_sampling=data.frame_sampling,
+        )
 
     def of(self, source: DataSource) -> RowSettings:
         """These settings with what a data set says otherwise."""

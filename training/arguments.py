@@ -183,6 +183,22 @@ class InternVLTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = _setting("cosine", "Learning rate schedule.")
 
     @property
+    def longest_row(self) -> int | None:
+        """Most tokens of a row: `max_seq_length`, and with packing what a pack holds; None for no limit."""
+        limits = [self.max_seq_length, self.max_packed_tokens if self.packing else None]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether batches hold rows of like length."""
+        return self.train_sampling_strategy == "group_by_length"
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether rows must be measured before an epoch can be planned."""
+        return self.packing or self.groups_by_length
+
+    @property
     def device(self) -> torch.device:
         """As in the base class, with no index on a CPU: before 5.18 transformers resumes ranks on "cpu:0", which torch
         does not know."""

@@ -59,8 +59,7 @@ def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> R
     Raises:
         ValueError: no row can be used.
     """
-    grouped = args.train_sampling_strategy == "group_by_length"
-    if (args.packing or grouped) and dataset.index is None:
+    if args.needs_lengths and dataset.index is None:
         dataset.build_index(progress=not args.disable_tqdm)
     rows = dataset.epoch_rows()
     reasons = _reasons(dataset, rows, args)
@@ -72,19 +71,19 @@ def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> R
     values, counts = np.unique(rows, return_counts=True)
     copies = dict(zip(values.tolist(), counts.tolist(), strict=True))
     left_out = [LeftOut(reason, copies[row]) for row, reason in reasons.items() if row in copies]
-    planner = _planner(dataset.index, kept, args, grouped)
+    planner = _planner(dataset.index, kept, args)
     sampler = PlanBatchSampler(planner, kept)
     return RunPlan(sampler, _entries(dataset, rows), left_out, hash_of(kept.tobytes(), planner.fingerprint()))
 
 
-def _planner(index: LengthIndex | None, rows: np.ndarray, args: InternVLTrainingArguments, grouped: bool) -> Planner:
+def _planner(index: LengthIndex | None, rows: np.ndarray, args: InternVLTrainingArguments) -> Planner:
     seed = args.seed if args.data_seed is None else args.data_seed
     multiple = args.world_size * args.gradient_accumulation_steps
     tokens = np.ones(len(rows), dtype=np.int64) if index is None else index.tokens[rows]
     if args.packing and index is not None:
         budgets = args.max_packed_tokens, args.num_images_expected
         return EpochPlanner(tokens, index.tiles[rows], *budgets, seed, multiple)
-    return BatchPlanner(tokens, args.per_device_train_batch_size, seed, grouped, multiple)
+    return BatchPlanner(tokens, args.per_device_train_batch_size, seed, args.groups_by_length, multiple)
 
 
 def _reasons(dataset: ConversationDataset, rows: np.ndarray, args: InternVLTrainingArguments) -> dict[int, Skipped]:

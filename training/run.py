@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from ..data.dataset import ConversationDataset
 from ..data.media import RowSettings
 from ..data.mixture import Mixture
 from ..data.sources import load_sources
-from .arguments import InternVLTrainingArguments
 from .building import Built, build
 from .checkpoints import find_last_checkpoint
 from .parameters import trainable_summary
@@ -121,31 +121,23 @@ def make_dataset(recipe: Recipe, built: Built, evaluation: bool = False) -> Conv
     sources = load_sources(data, evaluation)
     if not sources:
         return None
+    settings = RowSettings.of_arguments(data, args.longest_row)
+    if evaluation:  # nothing random
+        sampling = "middle" if data.frame_sampling == "rand" else data.frame_sampling
+        settings = replace(settings, data_augment=False, frame_sampling=sampling)
     dataset = ConversationDataset(
         Mixture(sources),
         built.tokenizer,
         built.processor.image_processor,
         built.model.config,
         on_error="skip",
-        settings=RowSettings(
-            max_seq_length=_longest_row(args),
-            data_augment=data.data_augment and not evaluation,
-            exif=data.exif,
-            min_num_frame=data.min_num_frame,
-            max_num_frame=data.max_num_frame,
-            frame_sampling="middle" if evaluation and data.frame_sampling == "rand" else data.frame_sampling,
-        ),
+        settings=settings,
         seed=args.seed,
     )
-    if not evaluation and (args.packing or args.train_sampling_strategy == "group_by_length"):
+    if not evaluation and args.needs_lengths:
         with args.main_process_first(desc="measuring the rows"):
             dataset.build_index(data.index_cache or INDEX_CACHE, data.index_workers, not args.disable_tqdm)
     return dataset
-
-
-def _longest_row(args: InternVLTrainingArguments) -> int | None:
-    limits = [args.max_seq_length, args.max_packed_tokens if args.packing else None]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _just_evaluated(trainer: InternVLTrainer) -> bool:

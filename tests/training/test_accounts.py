@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from internvl_hub.data.skipped import Skipped
+from internvl_hub.tests.training.tiny_models import Line
 from internvl_hub.training import accounts as accounts_module
 from internvl_hub.training.accounts import MEASURES, RunAccounts, TooManySkippedError
 
@@ -105,17 +105,6 @@ def test_rates_are_of_the_time_since_the_last_ones(monkeypatch: pytest.MonkeyPat
 
 
 # --- epochs and resuming ---------------------------------------------------------------------------------------------
-
-
-class Line(nn.Module):
-    """y = w x, as a model of the `Trainer`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": ((self.weight * x - 1) ** 2).mean()}
 
 
 class Booking(TrainerCallback):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from internvl_hub.tests.training.tiny_models import Line
 from internvl_hub.training.interrupts import SaveOnSignal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -114,17 +114,6 @@ def test_in_a_thread_nothing_changes() -> None:
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
-
-
-class Line(nn.Module):
-    """y = w x, as a model of the `Trainer`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": ((self.weight * x - 1) ** 2).mean()}
 
 
 class Killer(TrainerCallback):

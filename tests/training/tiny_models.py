@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from internvl_hub.configuration_internvl_chat import InternVLChatConfig
@@ -26,6 +27,17 @@ _ROWS = (
     ("<image>\nDescribe.", "Many colours on a plain ground, and nothing else to be seen.", 1),
     ("Name three fruits!", "Apple, pear, plum", 0), ("<image>\nColour?", "Red", 1), ("Bye", "See you", 0),
 )  # fmt: skip
+
+
+class Line(nn.Module):
+    """y = w x, as a model of the `Trainer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": ((self.weight * x - 1) ** 2).mean()}
 
 
 @cache
