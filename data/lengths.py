@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,11 @@ class RowLength:
     supervised: int
 
 
+def rows_without(rows: np.ndarray, left_out: Collection[int]) -> np.ndarray:
+    """`rows` but for those in `left_out`, in order."""
+    return rows[~np.isin(rows, np.fromiter(left_out, dtype=np.int64, count=len(left_out)))]
+
+
 @dataclass(frozen=True)
 class LengthIndex:
     """Lengths of the rows of a data set.
@@ -65,8 +69,7 @@ class LengthIndex:
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """`rows` without those that cannot be used, in order."""
-        bad = np.fromiter(self.unusable, dtype=np.int64, count=len(self.unusable))
-        return rows[~np.isin(rows, bad)]
+        return rows_without(rows, self.unusable)
 
     def save(self, path: Path) -> None:
         """Writes the index as one `.npz`, complete or not at all."""
@@ -162,8 +165,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str().encode() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hash_of(type(tokenizer).__name__, model, tokenizer.special_tokens_map)
-
-
-def count_by_source(skipped: Sequence[Skipped]) -> Counter[str]:
-    """How many rows of each data set are in `skipped`."""
-    return Counter(entry.source for entry in skipped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..data.lengths import hash_of
-from .plans import Packs, as_lengths, check_multiple, offsets_of, permutation
+from .plans import EpochPlans, Packs, as_lengths, check_multiple, offsets_of, permutation
 
 
 def plan_batches(
@@ -50,21 +50,13 @@ def plan_batches(
     return Packs(order, offsets_of(sizes))
 
 
-class BatchPlanner:
+class BatchPlanner(EpochPlans):
     """`plan_batches` with the interface of `packing.EpochPlanner`; arguments and errors as there."""
 
     def __init__(self, tokens: np.ndarray, batch_size: int, seed: int, group: bool = False, multiple: int = 1) -> None:
         self._tokens = as_lengths(tokens, "tokens", 1)
         self.batch_size, self.seed, self.group, self.multiple = batch_size, seed, group, multiple
         self._length = len(self.packs(0))
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of an epoch."""
-        return len(self._tokens)
 
     def fingerprint(self) -> str:
         """As of `packing.EpochPlanner`."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from ..data.dataset import ConversationDataset
-from ..data.lengths import LengthIndex, hash_of
+from ..data.lengths import LengthIndex, hash_of, rows_without
 from ..data.skipped import Skipped
 from .arguments import InternVLTrainingArguments
 from .batching import BatchPlanner
@@ -63,7 +63,7 @@ def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> R
         dataset.build_index(progress=not args.disable_tqdm)
     rows = dataset.epoch_rows()
     reasons = _reasons(dataset, rows, args)
-    kept = rows[~np.isin(rows, np.fromiter(reasons, dtype=np.int64, count=len(reasons)))]
+    kept = rows_without(rows, reasons)
     if not len(kept):
         first = next(iter(reasons.values()), None)
         example = "" if first is None else f"; {first.where}: {first.reason}"

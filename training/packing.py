@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.lengths import hash_of
 from .best_fit import Assignment, best_fit, gather, split_packs
-from .plans import Packs, as_lengths, check_multiple, permutation
+from .plans import EpochPlans, Packs, as_lengths, check_multiple, permutation
 
 # Open packs that a sample may go to. Four times as many fill the packs at most 0.1 % better on the mixtures tried.
 WINDOW = 64
@@ -73,7 +73,7 @@ def plan_packs(
     return gather(assignment, permutation(assignment.count, seed, epoch, of_packs=True))
 
 
-class EpochPlanner:
+class EpochPlanner(EpochPlans):
     """Plans of all epochs of a run, all of the same length.
 
     `Trainer` makes its schedule from one length, and accelerate repeats batches where ranks do not come out even; so
@@ -103,14 +103,6 @@ class EpochPlanner:
         first = self._best_fit(permutation(self.num_entries, seed, 0))
         self._length = _round_up(first.count, multiple)
         self._first = split_packs(first, self._length)
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of an epoch."""
-        return len(self._tokens)
 
     def fingerprint(self) -> str:
         """Hash of all arguments: equal ones give equal plans."""

@@ -31,6 +31,21 @@ class Packs(Sequence[np.ndarray]):
         return self.entries[self.offsets[index] : self.offsets[index + 1]]
 
 
+class EpochPlans:
+    """What planners have in common: entries of known lengths, and as many batches in every epoch."""
+
+    _tokens: np.ndarray
+    _length: int
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of an epoch."""
+        return len(self._tokens)
+
+
 def permutation(count: int, seed: int, epoch: int, of_packs: bool = False) -> np.ndarray:
     """A random order of `count` numbers, one for entries and one for packs.
 

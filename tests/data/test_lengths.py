@@ -1,6 +1,7 @@
 """The length index: what it holds, when a cached one is taken, and that workers do not change it."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from internvl_hub.data.features import FeatureMaker
 from internvl_hub.data.lengths import (
     LengthIndex,
     RowLength,
-    count_by_source,
     hash_of,
     load_or_measure,
     measure_all,
@@ -107,7 +107,7 @@ def test_unusable_rows_are_reported_by_file_and_line(tmp_path: Path) -> None:
     reasons = [f"exceed max_seq_length={limit}", "not valid json", "cannot load image"]
     for found, reason in zip(index.unusable.values(), reasons, strict=True):
         assert reason in found.reason and found.source == "mine"
-    assert count_by_source(list(index.unusable.values())) == {"mine": 3}
+    assert Counter(entry.source for entry in index.unusable.values()) == {"mine": 3}
     assert (index.lengths[2:] == 0).all() and (index.lengths[:2, 0] > 0).all()
 
 
