@@ -62,15 +62,21 @@ def generation_options(
 
 def option(model: Any, options: dict[str, Any], name: str) -> Any:
     """The value that a generation with these arguments would use for `name`."""
-    for source in (options, vars(options["generation_config"]) if "generation_config" in options else {}):
+    given = options.get("generation_config")
+    for source in (options, {} if given is None else vars(given)):
         if source.get(name) is not None:
             return source[name]
     return getattr(model.generation_config, name, None)
 
 
+def ordinary_cache(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a generation with these arguments uses a cache of its own, of the ordinary kind."""
+    custom = ("cache_implementation", "past_key_values", "prefill_chunk_size", "assistant_model")
+    plain = not any(option(model, options, name) for name in custom)
+    return plain and option(model, options, "use_cache") is not False
+
+
 def cacheable(model: Any, options: dict[str, Any]) -> bool:
     """Whether the session's cache can serve this generation: one sequence, ordinary cache."""
     single = all((option(model, options, name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-    custom = ("cache_implementation", "past_key_values", "prefill_chunk_size", "assistant_model")
-    plain = not any(option(model, options, name) for name in custom)
-    return single and plain and option(model, options, "use_cache") is not False
+    return single and ordinary_cache(model, options)

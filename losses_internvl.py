@@ -1,4 +1,4 @@
-"""Weighted next-token loss that never builds the full logits.
+"""Weighted next-token loss, and log-probabilities of answers, that never build the full logits.
 
 Only supervised positions reach the output head, in chunks whose logits are recomputed in the backward pass: one more
 head matmul per chunk, in exchange for a peak that does not grow with sequence length times vocabulary.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 IGNORE_INDEX = -100
 LOSS_REDUCTIONS = ("token", "sample", "square")
@@ -78,37 +79,62 @@ def shift_targets(labels: torch.Tensor, loss_weight: torch.Tensor | Sequence | N
     return Targets(positions, shifted[positions], weights[positions])
 
 
+def label_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each label, float32 (M,), from logits (M, V) and labels (M,)."""
+    return -F.cross_entropy(logits.float(), labels, reduction="none")
+
+
 def weighted_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over rows of weight x cross-entropy, in float32. Shapes (M, V), (M,), (M,)."""
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    return (losses * weights).sum()
+    return -(label_log_probs(logits, labels) * weights).sum()
+
+
+def head_log_probs(
+    states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """`label_log_probs(head(states), labels)` in chunks of `MAX_CHUNK_LOGITS // vocab_size` rows.
+
+    Args:
+        states: (M, D) hidden states of the supervised positions.
+        head: Maps (m, D) to (m, V) logits; called as a module, so that hooks of PEFT, FSDP and ZeRO-3 work.
+        labels: (M,) token ids.
+        vocab_size: V, for the chunk size.
+
+    Returns:
+        (M,), float32.
+    """
+    labels = labels.to(states.device)
+    rows = max(1, MAX_CHUNK_LOGITS // vocab_size)
+
+    def chunk_log_probs(chunk: torch.Tensor, chunk_labels: torch.Tensor) -> torch.Tensor:
+        logits = head(chunk)
+        return label_log_probs(logits, chunk_labels.to(logits.device))
+
+    if states.shape[0] <= rows:
+        return chunk_log_probs(states, labels)
+    parts = zip(states.split(rows), labels.split(rows), strict=True)
+    return torch.cat([checkpoint(chunk_log_probs, *part, use_reentrant=False) for part in parts])
 
 
 def head_cross_entropy_sum(
     states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: Targets, vocab_size: int
 ) -> torch.Tensor:
-    """`weighted_cross_entropy_sum(head(states), ...)` in chunks of `MAX_CHUNK_LOGITS // vocab_size` rows.
+    """`weighted_cross_entropy_sum(head(states), ...)` without full logits; arguments as of `head_log_probs`."""
+    log_probs = head_log_probs(states, head, targets.labels, vocab_size)
+    return -(log_probs * targets.weights.to(log_probs.device)).sum()
 
-    Args:
-        states: (M, D) hidden states of the supervised positions.
-        head: Maps (m, D) to (m, V) logits; called as a module, so that hooks of PEFT, FSDP and ZeRO-3 work.
-        targets: Labels and weights of the M rows.
-        vocab_size: V, for the chunk size.
+
+@dataclass
+class LabelLogProbsOutput(ModelOutput):
+    """What a model returns when it is asked for `output_log_probs`.
+
+    Attributes:
+        log_probs: (M,) float32, of the supervised labels, row by row, in order.
+        aux_loss: Router loss of a mixture of experts, else None.
     """
-    labels, weights = targets.labels.to(states.device), targets.weights.to(states.device)
-    rows = max(1, MAX_CHUNK_LOGITS // vocab_size)
 
-    def chunk_loss(chunk: torch.Tensor, chunk_labels: torch.Tensor, chunk_weights: torch.Tensor) -> torch.Tensor:
-        logits = head(chunk)
-        device = logits.device
-        return weighted_cross_entropy_sum(logits, chunk_labels.to(device), chunk_weights.to(device))
-
-    if states.shape[0] <= rows:
-        return chunk_loss(states, labels, weights)
-    total = states.new_zeros((), dtype=torch.float32)
-    for parts in zip(states.split(rows), labels.split(rows), weights.split(rows), strict=True):
-        total = total + checkpoint(chunk_loss, *parts, use_reentrant=False).to(total.device)
-    return total
+    log_probs: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
 
 
 def normalise_loss(

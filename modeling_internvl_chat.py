@@ -36,8 +36,11 @@ from .chat_internvl import InternVLChatMixin
 from .checkpoint_internvl import scan_files
 from .configuration_internvl_chat import InternVLChatConfig
 from .losses_internvl import (
+    LabelLogProbsOutput,
     Targets,
     head_cross_entropy_sum,
+    head_log_probs,
+    label_log_probs,
     normalise_loss,
     shift_targets,
     weighted_cross_entropy_sum,
@@ -46,6 +49,7 @@ from .modeling_intern_vit import InternVisionModel, request_flash_attention
 from .modeling_internlm2 import InternLM2ForCausalLM, mend_dynamic_ntk
 from .native_internvl import foreign_tensors
 from .resuming_internvl import accept_disk_names
+from .sampling_internvl import prefill_once, shares_prompt
 
 logger = logging.get_logger(__name__)
 
@@ -279,6 +283,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         visual_features: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
+        tile_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings with visual features written over the context tokens, in order.
 
@@ -287,13 +292,16 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             pixel_values: (tiles, 3, S, S) of all images of the batch, in order of appearance.
             visual_features: Features to use instead of encoding `pixel_values`: (tiles, tokens, D) or (tokens, D).
             image_flags: (tiles,) or (tiles, 1): 0 marks a dummy tile whose features are not used.
+            tile_index: (places,) int64, instead of `image_flags`: the tile that stands at each place, so that rows
+                about the same image share its features; tiles that it does not name are not used.
 
         Returns:
             (B, L, D).
 
         Raises:
             VisualTokenMismatchError: context tokens and features differ in number.
-            ValueError: `img_context_token_id` is unknown though there are images.
+            ValueError: `img_context_token_id` is unknown though there are images, or `image_flags` or `tile_index`
+                does not fit the tiles.
         """
         embeds = self.get_input_embeddings()(input_ids)
         features = (
@@ -302,20 +310,11 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             else visual_features
         )
         if features is not None:
-            features = self._flatten_features(features, image_flags).to(embeds)
+            features = _used_features(features, image_flags, tile_index).to(embeds)
         mask = self._context_mask(input_ids, features)
         if mask is None:
             return embeds
         return embeds.masked_scatter(mask.unsqueeze(-1).to(embeds.device), features)
-
-    @staticmethod
-    def _flatten_features(features: torch.Tensor, image_flags: torch.Tensor | None) -> torch.Tensor:
-        if image_flags is not None:
-            used = torch.as_tensor(image_flags, device=features.device).reshape(-1) == 1
-            if used.shape[0] != features.shape[0]:
-                raise ValueError(f"image_flags has {used.shape[0]} entries for {features.shape[0]} tiles.")
-            features = features[used]
-        return features.reshape(-1, features.shape[-1])
 
     def _context_mask(self, input_ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor | None:
         """Mask of context tokens, checked against the features; None where there is nothing to write."""
@@ -347,6 +346,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         visual_features: torch.Tensor | None,
         image_flags: torch.Tensor | None,
+        tile_index: torch.Tensor | None,
     ) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -357,7 +357,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         decoding = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
         if decoding and pixel_values is None and visual_features is None:
             return self.get_input_embeddings()(input_ids)
-        return self.embed_prompt(input_ids, pixel_values, visual_features, image_flags)
+        return self.embed_prompt(input_ids, pixel_values, visual_features, image_flags, tile_index)
 
     def forward_hidden(
         self,
@@ -369,13 +369,14 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         visual_features: torch.FloatTensor | None = None,
         image_flags: torch.Tensor | None = None,
+        tile_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_patches: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`forward` up to the last hidden state (B, L, D), before the output head; arguments as there."""
         inputs_embeds = self._inputs_embeds(
-            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags
+            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags, tile_index
         )
         return self.language_model.get_decoder()(
             inputs_embeds=inputs_embeds,
@@ -411,8 +412,10 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_logits: bool | None = None,
+        tile_index: torch.LongTensor | None = None,
+        output_log_probs: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | LabelLogProbsOutput | tuple:
         """Runs the model on a batch that mixes image and text rows as it likes.
 
         Args:
@@ -437,16 +440,20 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             logits_to_keep: Last positions (or indices) to compute logits for; 0 for all.
             output_logits: Whether to return logits along with a loss. None: not while training, where only
                 supervised positions reach the head, in chunks.
+            tile_index: (places,) int64, see `embed_prompt`: rows about the same image encode it once.
+            output_log_probs: Return the log-probability of each label instead of a loss.
 
         Returns:
-            `loss` (sum of weight x cross-entropy / sum of weights), `logits` (B, L, V), `past_key_values`, ...
+            `loss` (sum of weight x cross-entropy / sum of weights), `logits` (B, L, V), `past_key_values`, ... With
+            `output_log_probs`, `log_probs` (M,) and `aux_loss` alone (`LabelLogProbsOutput`).
 
         Raises:
             VisualTokenMismatchError: context tokens and visual features differ in number.
-            ValueError: no supervised token, wrong shapes, or `loss_weight` with an unweighted `num_items_in_batch`.
+            ValueError: no supervised token, wrong shapes, `loss_weight` with an unweighted `num_items_in_batch`, or
+                `output_log_probs` without labels.
         """
         inputs_embeds = self._inputs_embeds(
-            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags
+            input_ids, inputs_embeds, past_key_values, pixel_values, visual_features, image_flags, tile_index
         )
         inputs = {
             "inputs_embeds": inputs_embeds,
@@ -459,6 +466,9 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             **kwargs,
         }
         inputs = {key: value for key, value in inputs.items() if value is not None}
+        if output_log_probs:
+            scored = self._label_log_probs(inputs, labels)
+            return scored if return_dict in (None, True) else scored.to_tuple()
         if labels is None:
             outputs = self.language_model(**inputs, logits_to_keep=logits_to_keep)
             return outputs if return_dict in (None, True) else outputs.to_tuple()
@@ -485,6 +495,21 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         if getattr(text, "output_router_logits", False):
             return True
         return any(getattr(text, name, None) not in (None, 1, 1.0) for name in _HEAD_MODIFIERS)
+
+    def _label_log_probs(self, inputs: dict[str, Any], labels: torch.Tensor | None) -> LabelLogProbsOutput:
+        if labels is None:
+            raise ValueError("output_log_probs needs labels: the log-probabilities are theirs.")
+        targets = shift_targets(labels)
+        if self._needs_full_logits():
+            outputs = self.language_model(**inputs)
+            logits = targets.select(outputs.logits)
+            log_probs = label_log_probs(logits, targets.labels.to(logits.device))
+            return LabelLogProbsOutput(log_probs=log_probs, aux_loss=getattr(outputs, "aux_loss", None))
+        states = targets.select(self.language_model.get_decoder()(**inputs).last_hidden_state)
+        vocab_size = self.config.get_text_config().vocab_size
+        return LabelLogProbsOutput(
+            log_probs=head_log_probs(states, self.get_output_embeddings(), targets.labels, vocab_size)
+        )
 
     def _loss_with_logits(
         self, inputs: dict[str, Any], targets: Targets, logits_to_keep: int | torch.Tensor
@@ -526,18 +551,20 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         visual_features: torch.FloatTensor | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches: Any = None,
+        tile_index: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates as transformers' `generate` does.
 
         With `input_ids` given the output starts with them, as for every transformers model (the original code returned
         the new tokens only); with `inputs_embeds` alone it holds the new tokens. Beams and `num_return_sequences` see
-        the right images, which are encoded once.
+        the right images, which are encoded once; sampled sequences also share the computation of their prompt
+        (`sampling_internvl.py`).
 
         Args:
             inputs: Prompt ids (B, L), positional as in transformers; same as `input_ids`.
             generation_config: A `GenerationConfig`.
-            pixel_values, visual_features, image_flags: As in `forward`.
+            pixel_values, visual_features, image_flags, tile_index: As in `forward`.
             num_patches: Accepted from the processor's output.
             **kwargs: Any of transformers' generation arguments.
 
@@ -549,10 +576,13 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             raise TypeError("The first argument of generate() is input_ids; pass images as pixel_values=...")
         has_images = pixel_values is not None or visual_features is not None
         if has_images and input_ids is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.embed_prompt(input_ids, pixel_values, visual_features, image_flags)
+            kwargs["inputs_embeds"] = self.embed_prompt(
+                input_ids, pixel_values, visual_features, image_flags, tile_index
+            )
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
-        return super().generate(generation_config=generation_config, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}
+        return super().generate(**(prefill_once(self, kwargs) if shares_prompt(self, kwargs) else kwargs))
 
     def prepare_inputs_for_generation(
         self,
@@ -578,6 +608,29 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _used_features(
+    features: torch.Tensor, image_flags: torch.Tensor | None, tile_index: torch.Tensor | None
+) -> torch.Tensor:
+    """Features of the used tiles in the order of their places, (tokens, D)."""
+    if tile_index is not None:
+        index = torch.as_tensor(tile_index, device=features.device)
+        if image_flags is not None or features.ndim != 3:
+            raise ValueError("tile_index goes with features of whole tiles, (tiles, tokens, D), and no image_flags.")
+        if (
+            not torch.compiler.is_compiling()
+            and index.numel()
+            and not 0 <= int(index.min()) <= int(index.max()) < len(features)
+        ):
+            raise ValueError(f"tile_index names tiles {int(index.min())} to {int(index.max())} of {len(features)}.")
+        features = features[index]
+    elif image_flags is not None:
+        used = torch.as_tensor(image_flags, device=features.device).reshape(-1) == 1
+        if used.shape[0] != features.shape[0]:
+            raise ValueError(f"image_flags has {used.shape[0]} entries for {features.shape[0]} tiles.")
+        features = features[used]
+    return features.reshape(-1, features.shape[-1])
 
 
 def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .prompting_internvl import EncodedPrompt
 
 
-def _rope_limit(config: Any) -> tuple[str, int] | None:
+def rope_limit(config: Any) -> tuple[str, int] | None:
     """Type and length limit of a position encoding that changes with sequence length; None if none does."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -123,7 +123,7 @@ class ChatSession:
         return cache
 
     def _common_prefix(self, keys: list[int]) -> int:
-        limit = _rope_limit(self.model.config)
+        limit = rope_limit(self.model.config)
         if limit is not None:
             long = len(keys) > limit[1]
             # From its limit on dynamic NTK has other frequencies for every length; LongRoPE has one set beyond it.
@@ -135,7 +135,7 @@ class ChatSession:
 
     def commit(self, cache: DynamicCache, keys: list[int], new_ids: Sequence[int]) -> None:
         """Remembers what a finished turn left in `cache`: its prompt and all but the last of its `new_ids`."""
-        limit = _rope_limit(self.model.config)
+        limit = rope_limit(self.model.config)
         stored = [*keys, *new_ids][: cache.get_seq_length()]
         self._long = limit is not None and len(keys) > limit[1]
         if limit is not None and not self._long:

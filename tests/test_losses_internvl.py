@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CHECKPOINTS, QWEN2, assert_same, batch, gradients, load
+from tiny import CHECKPOINTS, QWEN2, assert_same, batch, chat_config, gradients, llm_dict, load
 from versions import CHECKPOINTING
 
 from internvl_hub import losses_internvl
@@ -170,6 +170,67 @@ def test_head_runs_in_float32_cross_entropy() -> None:
 def test_length_to_weight(reduction: str, weight: float) -> None:
     assert length_to_weight(4, reduction) == weight
     assert length_to_weight(0, reduction) == 0.0
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def _log_probs(model: InternVLChatModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """Of every label, from full logits in the plainest way."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs).logits[:, :-1].double().log_softmax(-1)
+    return logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100]
+
+
+@EACH
+@pytest.mark.parametrize("training", [True, False])
+def test_log_probabilities_of_the_labels(name: str, training: bool, small_chunks: None) -> None:
+    model, inputs = load(name).train(training), batch(name)
+    reference = _log_probs(model, inputs)
+    weights = torch.linspace(-1, 2, len(reference))
+    (reference * weights).sum().backward()
+    reference_gradients = gradients(model)
+    output = model(**inputs, output_log_probs=True)
+    assert output.log_probs.dtype == torch.float32 and output.aux_loss is None and list(output) == ["log_probs"]
+    (output.log_probs * weights).sum().backward()
+    torch.testing.assert_close(output.log_probs, reference.float(), rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model), reference_gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(-output.log_probs.mean(), model(**inputs).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_log_probabilities_where_logits_are_changed_behind_the_head(kind: str) -> None:
+    model, inputs = InternVLChatModel(chat_config(kind)).eval(), batch(QWEN2)
+    log_probs = model(**inputs, output_log_probs=True).log_probs
+    torch.testing.assert_close(log_probs, _log_probs(model, inputs).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_come_with_the_router_loss() -> None:
+    text = llm_dict("qwen3_moe", output_router_logits=True)
+    model, inputs = InternVLChatModel(chat_config(llm_config=text)).eval(), batch(QWEN2)
+    output = model(**inputs, output_log_probs=True)
+    torch.testing.assert_close(output.log_probs, _log_probs(model, inputs).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.aux_loss, model(**inputs).aux_loss)
+
+
+def test_only_supervised_rows_are_scored(model: InternVLChatModel) -> None:
+    rows = _rows_through_head(model)
+    assert model(**batch(QWEN2), output_log_probs=True, return_dict=False)[0].shape == (9,)
+    assert rows == [9]
+
+
+def test_nothing_to_score_is_an_empty_answer(model: InternVLChatModel) -> None:
+    inputs = {**batch(QWEN2), "labels": torch.full((2, 18), -100)}
+    log_probs = model(**inputs, output_log_probs=True).log_probs
+    assert log_probs.shape == (0,)
+    log_probs.sum().backward()  # a rank without answers still takes part
+    assert not model.mlp1[1].weight.grad.any()
+
+
+def test_log_probabilities_need_labels(model: InternVLChatModel) -> None:
+    with pytest.raises(ValueError, match="output_log_probs needs labels"):
+        model(**batch(QWEN2, labels=False), output_log_probs=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

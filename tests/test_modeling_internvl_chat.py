@@ -18,6 +18,7 @@ from tiny import (
     by_hand,
     chat_config,
     expected,
+    gradients,
     load,
     record,
     vision_dict,
@@ -196,6 +197,50 @@ def test_dummy_tile_changes_nothing_but_keeps_the_encoder_in_the_graph(qwen2: In
     parameters = [*qwen2.vision_model.parameters(), *qwen2.mlp1.parameters()]
     assert all(p.grad is not None and not p.grad.any() for p in parameters)
     assert qwen2.get_input_embeddings().weight.grad.any()
+
+
+@EACH
+def test_tile_index_shares_what_repeated_tiles_compute_twice(name: str) -> None:
+    """Two rows about one image of two tiles, then one about the third tile alone: values and gradients."""
+    model, pixels = load(name).double(), expected(name)["pixel_values"].double()
+    row = [3, *[CONTEXT] * 8, 40, 4]
+    ids = torch.tensor([row, [*row[:-2], 41, 5], [3, *[CONTEXT] * 4, 42, 4, *[2] * 4]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": ids.masked_fill(ids == 2, -100)}
+    twice = model(**inputs, pixel_values=pixels[[0, 1, 0, 1, 2]])
+    twice.loss.backward()
+    expected_gradients = gradients(model)
+    once = model(**inputs, pixel_values=pixels, tile_index=torch.tensor([0, 1, 0, 1, 2]))
+    once.loss.backward()
+    torch.testing.assert_close(once.logits, twice.logits)
+    assert_same(gradients(model), expected_gradients, rtol=1e-4, atol=1e-8)  # norms compute in float32
+    with torch.no_grad():
+        features = model(**inputs, visual_features=model.extract_feature(pixels), tile_index=[0, 1, 0, 1, 2])
+        embeds = model.base_model(ids, pixel_values=pixels, tile_index=[0, 1, 0, 1, 2])
+    torch.testing.assert_close(features.logits, twice.logits)
+    torch.testing.assert_close(model.lm_head(embeds.last_hidden_state[0]), twice.logits[0])
+
+
+def test_tiles_without_a_place_keep_the_encoder_in_the_graph(qwen2: InternVLChatModel) -> None:
+    ids = torch.tensor([[3, 40, 50, 60, 4]])
+    nowhere = torch.zeros(0, dtype=torch.long)
+    loss = qwen2.train()(input_ids=ids, labels=ids, pixel_values=torch.randn(1, 3, 56, 56), tile_index=nowhere).loss
+    assert torch.equal(loss, qwen2(input_ids=ids, labels=ids).loss)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in qwen2.vision_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tile_index": [0, 1, 3]}, "tile_index names tiles 0 to 3 of 3"),
+        ({"tile_index": [-1, 1, 2]}, "tile_index names tiles -1 to 2 of 3"),
+        ({"tile_index": [0, 1]}, "12 <IMG_CONTEXT>.*8 visual"),
+        ({"tile_index": [0, 1, 2], "image_flags": torch.ones(3)}, "no image_flags"),
+    ],
+)
+def test_tile_index_must_fit_the_tiles(qwen2: InternVLChatModel, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        qwen2(**batch(QWEN2), **changes)
 
 
 # ---------------------------------------------------------------------------------------------------------- mismatches

@@ -1,0 +1,280 @@
+"""One question on its way through a model: conversation, prompt, generation, answer; and many of them at once.
+
+`chat_internvl.py` has what people call. Nothing that a caller passes is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from .conversation import IMAGE_PLACEHOLDER, Segment
+from .generation_internvl import cacheable, generation_options, option
+from .prompting_internvl import (
+    IMG_CONTEXT_TOKEN,
+    IMG_END_TOKEN,
+    IMG_START_TOKEN,
+    USER_MARKUP,
+    EncodedPrompt,
+    ImageCountError,
+    check_image_count,
+    prompt_encoder,
+)
+from .session_internvl import ChatSession
+
+History = Sequence[tuple[str, str]]
+IMAGE_TOKENS = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """One of several answers.
+
+    Attributes:
+        text: What the model wrote after the prefix, if it was given one; not stripped.
+        ids: Its new tokens, up to a stop token.
+        complete: Whether it ended with a stop token, not at the limit.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    complete: bool
+
+
+class Turn:
+    """One question on its way through a model: conversation, prompt, generation, answer."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_tokens: tuple[str, str, str],
+        keep_markup: bool,
+        system: str | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.model, self.tokenizer, self.keep_markup = model, tokenizer, keep_markup
+        self.system, self.prefix = system, prefix
+        self.encoder = prompt_encoder(tokenizer, image_tokens)
+        self.pixel_values: torch.Tensor | None = None
+        self.num_patches: list[int] = []
+
+    def prepare(
+        self,
+        pixel_values: torch.Tensor | None,
+        question: str,
+        history: History | None,
+        num_patches_list: Sequence[int] | None,
+    ) -> str:
+        """Builds the prompt; returns the question as it stands in the history (image marks included)."""
+        if not isinstance(question, str):
+            raise TypeError(f"question must be a string, got {type(question).__name__}.")
+        self.num_patches = _num_patches(pixel_values, num_patches_list)
+        self.pixel_values = pixel_values if self.num_patches else None
+        history = list(history or [])
+        if not history and IMAGE_PLACEHOLDER not in question:
+            question = f"{IMAGE_PLACEHOLDER}\n" * len(self.num_patches) + question
+        conversation = self.model.conv_template
+        if self.system is not None:
+            conversation.set_system_message(self.system)
+        for asked, answered in history:
+            conversation.append_message(conversation.roles[0], asked)
+            conversation.append_message(conversation.roles[1], answered)
+        conversation.append_message(conversation.roles[0], question)
+        conversation.append_message(conversation.roles[1], None)
+        marks = question.count(IMAGE_PLACEHOLDER) + sum(q.count(IMAGE_PLACEHOLDER) for q, _ in history)
+        check_image_count(marks, len(self.num_patches), "The question" + (" with its history" if history else ""))
+        self.conversation = conversation
+        lengths = [sum(self.model.config.tokens_per_tile(n)) for n in self.num_patches]
+        self.prompt: EncodedPrompt = self.encoder.encode([*conversation.segments(), *self._prefix_segments()], lengths)
+        if self.num_patches:
+            self.model.img_context_token_id = self.encoder.context_id
+        return question
+
+    def _prefix_segments(self) -> list[Segment]:
+        """The beginning of the answer, with what the template has before any answer."""
+        if not self.prefix:
+            return []
+        start = [Segment(self.conversation.template.answer_prefix), Segment(self.prefix, "text")]
+        return [segment for segment in start if segment.text]
+
+    def prompt_text(self) -> str:
+        """The prompt for people to read: image slots stay `<image>`."""
+        return self.conversation.get_prompt()
+
+    def options(self, generation_config: dict[str, Any] | GenerationConfig | None) -> dict[str, Any]:
+        """Arguments for `generate`."""
+        end_of_turn = self.encoder.token_id(self.conversation.template.end_of_turn)
+        return generation_options(self.model, self.tokenizer, end_of_turn, generation_config)
+
+    def run(
+        self,
+        generation_config: dict[str, Any] | GenerationConfig | None,
+        session: ChatSession,
+        **extra: Any,
+    ) -> list[int]:
+        """Generates; returns the new ids."""
+        options = self.options(generation_config)
+        stopping = [*(options.pop("stopping_criteria", None) or []), *extra.pop("stopping_criteria", [])]
+        extra["stopping_criteria"] = StoppingCriteriaList(stopping)
+        pixel_values = _to_model(self.model, self.pixel_values)
+        digests = session.encode_images(pixel_values, self.num_patches)
+        ids = torch.tensor([self.prompt.input_ids], device=_input_device(self.model))
+        embeds = self.model.embed_prompt(ids, visual_features=session.features(digests))
+        keys, cache = session.prompt_keys(self.prompt, digests), None
+        if cacheable(self.model, options):
+            cache = extra["past_key_values"] = session.cache_for(keys)
+        output = self.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **options, **extra)
+        new_ids = _sequences(output)[0].tolist()
+        if cache is not None:
+            session.commit(cache, keys, new_ids)
+        return new_ids
+
+    def header_ids(self) -> list[int]:
+        """Ids that the model itself writes before an answer and that are no part of it (gpt-oss: its channel)."""
+        header = self.conversation.template.answer_prefix.strip()
+        return self.tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
+
+    def hidden_ids(self) -> set[int]:
+        """Special ids that an answer does not show."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+        if self.keep_markup:
+            special -= {self.encoder.token_id(token) for token in USER_MARKUP}
+        return special
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer's text, cut at the end of the turn."""
+        return self._text(ids).strip()
+
+    def answer(self, ids: Sequence[int], stops: set[int]) -> ChatAnswer:
+        """What a row of a batch holds: ids that end with the first of `stops`, if there is one, and then padding."""
+        ids = list(ids)
+        end = next((i + 1 for i, index in enumerate(ids) if index in stops), None)
+        ids = ids[:end]
+        if not self.prefix:
+            return ChatAnswer(self._text(ids), tuple(ids), end is not None)
+        # Together, since some tokenizers drop the space of a first word.
+        start = self.encoder.encode([Segment(self.prefix, "text")], []).input_ids
+        before, whole = self._text(start), self._text([*start, *ids])
+        text = whole[len(before) :] if whole.startswith(before) else self._text(ids)
+        return ChatAnswer(text, tuple(ids), end is not None)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        header, ids = self.header_ids(), list(ids)
+        ids = ids[len(header) :] if ids[: len(header)] == header else ids
+        if self.keep_markup:
+            hidden = self.hidden_ids()
+            text = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        else:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.split(self.conversation.template.end_of_turn)[0]
+
+
+def _num_patches(pixel_values: torch.Tensor | None, num_patches_list: Sequence[int] | None) -> list[int]:
+    if pixel_values is not None and not isinstance(pixel_values, torch.Tensor):
+        raise TypeError(f"pixel_values must be a torch tensor or None, got {type(pixel_values).__name__}.")
+    tiles = 0 if pixel_values is None else pixel_values.shape[0]
+    if num_patches_list is None:
+        return [tiles] if tiles else []
+    patches = [int(n) for n in num_patches_list]
+    if any(n < 1 for n in patches) or sum(patches) != tiles:
+        raise ImageCountError(
+            f"num_patches_list {patches} adds up to {sum(patches)} tile(s), but pixel_values has {tiles}. Give one "
+            "entry per image, each the number of its tiles (at least 1)."
+        )
+    return patches
+
+
+def _input_device(model: Any) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
+
+
+def _to_model(model: Any, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
+    if pixel_values is None or getattr(model, "hf_device_map", None):
+        return pixel_values
+    return pixel_values.to(model.vision_model.device)
+
+
+def _sequences(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def _deal_images(
+    pixel_values: torch.Tensor | None,
+    questions: Sequence[str],
+    histories: Sequence[History | None],
+    num_patches_list: Any,
+) -> list[list[int]]:
+    """Tiles of each image of each row."""
+    if num_patches_list is not None and any(isinstance(row, (list, tuple)) for row in num_patches_list):
+        rows = [[int(n) for n in row or []] for row in num_patches_list]
+        if len(rows) != len(questions):
+            raise ImageCountError(f"num_patches_list has {len(rows)} rows for {len(questions)} questions.")
+        _num_patches(pixel_values, [n for row in rows for n in row])
+        return rows
+    if num_patches_list is None and pixel_values is not None and len(questions) > 1:
+        raise ImageCountError(
+            "batch_chat needs num_patches_list with several questions: tiles of each image, or a list of such per row."
+        )
+    patches = _num_patches(pixel_values, num_patches_list)
+    marks = [
+        q.count(IMAGE_PLACEHOLDER) + sum(asked.count(IMAGE_PLACEHOLDER) for asked, _ in past or [])
+        for q, past in zip(questions, histories, strict=True)
+    ]
+    if sum(marks) != len(patches) and len(patches) == len(questions) and max(marks) <= 1:
+        marks = [1] * len(questions)  # as the original: a missing mark is put in front of its question
+    check_image_count(sum(marks), len(patches), "The batch")
+    images = iter(patches)
+    return [[next(images) for _ in range(count)] for count in marks]
+
+
+def histories_of(questions: Sequence[str], history: Sequence[History | None] | None) -> list[History | None]:
+    if isinstance(questions, str) or not questions:
+        raise ValueError("questions must be a non-empty list of strings; for a single question use chat().")
+    histories = list(history) if history is not None else [None] * len(questions)
+    if len(histories) != len(questions):
+        raise ValueError(f"history has {len(histories)} entries for {len(questions)} questions.")
+    return histories
+
+
+def prepare_batch(
+    turns: Sequence[Turn],
+    pixel_values: torch.Tensor | None,
+    questions: Sequence[str],
+    histories: Sequence[History | None],
+    num_patches_list: Any,
+) -> list[str]:
+    """Gives every turn its tiles and question; returns the questions as they stand in the history."""
+    rows = _deal_images(pixel_values, questions, histories, num_patches_list)
+    tiles_used, asked = 0, []
+    for turn, question, past, row in zip(turns, questions, histories, rows, strict=True):
+        tiles = None if not row else pixel_values[tiles_used : tiles_used + sum(row)]
+        tiles_used += sum(row)
+        asked.append(turn.prepare(tiles, question, past, row))
+    return asked
+
+
+def run_batch(model: Any, turns: Sequence[Turn], options: dict[str, Any]) -> list[list[list[int]]]:
+    """New ids of each turn's answers, `num_return_sequences` of them."""
+    length = max(len(turn.prompt.input_ids) for turn in turns)
+    pad = option(model, options, "pad_token_id")
+    ids = torch.full((len(turns), length), pad, device=_input_device(model))
+    mask = torch.zeros_like(ids)
+    for row, turn in enumerate(turns):
+        prompt = torch.tensor(turn.prompt.input_ids, device=ids.device)
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    tiles = [turn.pixel_values for turn in turns if turn.pixel_values is not None]
+    embeds = model.embed_prompt(ids, pixel_values=_to_model(model, torch.cat(tiles)) if tiles else None)
+    rows = _sequences(model.generate(inputs_embeds=embeds, attention_mask=mask, **options)).tolist()
+    count = len(rows) // len(turns)
+    return [rows[i * count : (i + 1) * count] for i in range(len(turns))]
