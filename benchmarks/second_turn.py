@@ -18,48 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 try:
-    from internvl_hub.configuration_internvl_chat import InternVLChatConfig
+    from internvl_hub.benchmarks._one_billion import IMAGE_SIZE, LAYERS, build_model, build_tokenizer, layers_of, where
     from internvl_hub.modeling_internvl_chat import InternVLChatModel
 except ImportError:
     sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
 
-TILES, IMAGE_SIZE, QUESTION_TOKENS, CHECKED_TOKENS = 7, 448, 20, 8
-LAYERS, VOCAB_SIZE = 24, 151674
-SPECIAL_TOKENS = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+TILES, QUESTION_TOKENS, CHECKED_TOKENS = 7, 20, 8
 FIRST_QUESTION = "<image>\n" + " ".join(f"w{i}" for i in range(100, 110))
 SECOND_QUESTION = " ".join(f"w{i}" for i in range(200, 200 + QUESTION_TOKENS))
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One word `w<id>` for every id, so that any answer of a random model is text that encodes back to its ids."""
-    words = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
-    words |= {f"w{i}": i for i in range(len(words), VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL_TOKENS[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[2:]), clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def build_model(layers: int, device: str, dtype: torch.dtype) -> InternVLChatModel:
-    vision = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": layers,
-        "image_size": IMAGE_SIZE, "patch_size": 14, "qkv_bias": True, "qk_normalization": False,
-        "norm_type": "layer_norm", "initializer_factor": 1.0,
-    }  # fmt: skip
-    language = {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": layers, "vocab_size": VOCAB_SIZE,
-        "rope_theta": 1e6, "max_position_embeddings": 32768,
-    }  # fmt: skip
-    config = InternVLChatConfig(vision_config=vision, llm_config=language, template="internvl2_5")
-    torch.manual_seed(0)
-    return InternVLChatModel(config).to(device=device, dtype=dtype).eval()
 
 
 class Conversation:
@@ -132,11 +100,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
-    layers = LAYERS if args.full else max(1, round(LAYERS * args.layers_fraction))
+    layers = LAYERS if args.full else layers_of(args.layers_fraction)
     dtype = getattr(torch, args.dtype)
     talk = Conversation(build_model(layers, args.device, dtype), args.device, dtype)
-    where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    print(f"{layers} of {LAYERS} layers, {TILES} tiles, {args.rounds} rounds, {args.dtype}, {where}, ", end="")
+    print(
+        f"{layers} of {LAYERS} layers, {TILES} tiles, {args.rounds} rounds, {args.dtype}, {where(args.device)}, ",
+        end="",
+    )
     print(f"torch {torch.__version__}")
     report(measure(talk, args.rounds))
     check_answers(talk)
