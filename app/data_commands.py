@@ -79,6 +79,7 @@ def _validate(options: argparse.Namespace) -> int:
         inputs.data,
         load_maker(inputs.model) if inputs.model is not None and measured else None,
         limits,
+        parse=inputs.parse,
         decode=options.decode,
         workers=options.workers,
         report=options.report,
@@ -121,7 +122,7 @@ def _preview(options: argparse.Namespace) -> int:
     inputs = read_inputs(options)
     if inputs.model is None:
         raise DataInputError("a preview needs a tokenizer and a template; name a checkpoint with --model")
-    mixture = Mixture(load_sources(inputs.data))
+    mixture = Mixture(load_sources(inputs.data), inputs.parse)
     rows = _chosen_rows(options, mixture)
     maker = load_maker(inputs.model)
     color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
@@ -132,18 +133,17 @@ def _preview(options: argparse.Namespace) -> int:
 def _show(row: int, mixture: Mixture, maker: Any, inputs: Any, folder: Path, color: bool) -> bool:
     """Prints a row and writes its picture; False, after a line on stderr, if it cannot be used."""
     from ..data.augmentation import Take
-    from ..data.preview import make_preview, render
     from ..data.preview_picture import draw_preview
     from ..data.records import RecordError
 
     source = mixture.source_of(row)
     try:
         record = mixture.record(row)
-        preview = make_preview(maker, record, inputs.settings.of(source), Take(inputs.limits.seed, row))
+        preview, text = _read(record, maker, inputs, inputs.settings.of(source), Take(inputs.limits.seed, row), color)
     except RecordError as error:
         print(f"internvl preview: row {row} of data set {source.name!r}: {error}", file=sys.stderr)
         return False
-    print(f"row {row}, data set {source.name!r}, {record.where}\n\n{render(preview, inputs.loss_reduction, color)}")
+    print(f"row {row}, data set {source.name!r}, {record.where}\n\n{text}")
     limit = inputs.limits.max_seq_length
     if limit is not None and preview.tokens > limit:
         print(f"too long for max_seq_length={limit}: training leaves this row out")
@@ -155,6 +155,19 @@ def _show(row: int, mixture: Mixture, maker: Any, inputs: Any, folder: Path, col
         print(f"picture  {path}")
     print()
     return True
+
+
+def _read(record: Any, maker: Any, inputs: Any, settings: Any, take: Any, color: bool) -> tuple[Any, str]:
+    """The preview of a row of either kind, and its text."""
+    from ..data.pair_preview import make_pair_preview, render_pair
+    from ..data.pairs import PairRecord
+    from ..data.preview import make_preview, render
+
+    if isinstance(record, PairRecord):
+        pair = make_pair_preview(maker, record, settings, take)
+        return pair, render_pair(pair, color)
+    preview = make_preview(maker, record, settings, take)
+    return preview, render(preview, inputs.loss_reduction, color)
 
 
 def _chosen_rows(options: argparse.Namespace, mixture: Mixture) -> list[int]:

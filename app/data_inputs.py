@@ -15,6 +15,8 @@ from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversion.folders import resolve
 from ..data.features import FeatureMaker
 from ..data.media import RowSettings
+from ..data.pairs import parse_any, parse_pair
+from ..data.records import RowParser, parse_record
 from ..data.validate import Limits
 from ..training.arguments import DataArguments, ModelArguments
 from ..training.overrides import apply_overrides, make_processor
@@ -38,12 +40,15 @@ class DataInputs:
         model: Which checkpoint; None if none is named.
         limits: Of the run.
         loss_reduction: Of the run.
+        parse: Reads rows: preference rows with a recipe that has a `preference` section, conversations with any other
+            recipe, either kind without one.
     """
 
     data: DataArguments
     model: ModelArguments | None
     limits: Limits
     loss_reduction: str = "square"
+    parse: RowParser = parse_any
 
     @property
     def settings(self) -> RowSettings:
@@ -81,7 +86,8 @@ def _read_recipe(name: str, overrides: Sequence[str]) -> DataInputs:
     data = recipe.data
     if not (data.meta_path or data.data_paths or data.eval_meta_path or data.eval_data_paths):
         raise DataInputError(f"{recipe.name} names no data; add data.meta_path=FILE, or data.data_paths=[FILE]")
-    return DataInputs(data, recipe.model, limits, training.loss_reduction)
+    parse = parse_record if recipe.preference is None else parse_pair
+    return DataInputs(data, recipe.model, limits, training.loss_reduction, parse)
 
 
 def _data_of(path: Path, images: str | None) -> DataArguments:

@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from ..conversation import IMAGE_PLACEHOLDER
-from .formats import VIDEO_PLACEHOLDER, to_row
-from .records import Message, Record, RecordError
+from .formats import VIDEO_PLACEHOLDER
+from .pairs import EmptyAnswerError, PairRecord
+from .records import Message, PlaceholderError, Record, RecordError
 from .repetition import NGRAM, THRESHOLD, repeated_ngrams, repeated_share
 
 Severity = Literal["error", "warning", "note"]
@@ -40,6 +41,7 @@ class Check:
 CHECKS: dict[str, Check] = {
     "row": Check("error", "cannot be read, is of no known format, or its turns are malformed", True),
     "placeholders": Check("error", "<image> and <video> differ in number from the media", True),
+    "empty-pair-answer": Check("error", "a chosen or rejected answer holds no text", True),
     "missing-media": Check("error", "no such picture or video", True),
     "damaged-media": Check("error", "empty, truncated, or no picture or video", True),
     "huge-media": Check("error", "more pixels than a picture may have: a decompression bomb", True),
@@ -53,6 +55,7 @@ CHECKS: dict[str, Check] = {
     "clip-end": Check("warning", "a clip ends more than a second after its video"),
     "empty-answer": Check("warning", "an answer holds no text: the model learns to stop at once"),
     "repetition": Check("warning", f"more than {THRESHOLD:.0%} of an answer's {NGRAM}-grams are repeated"),
+    "identical-answers": Check("warning", "chosen and rejected answer are the same: nothing is preferred"),
     "duplicate": Check("warning", "the same turns and media as an earlier row, in this or another data set"),
     "markup": Check("note", "tokens of a chat template, or placeholders in answers; they are read as plain text"),
 }
@@ -95,52 +98,57 @@ def to_finding(source: str, where: str, problem: Problem) -> Finding:
 # ----------------------------------------------------------------------------------------------------------- whole row
 
 
-def explain_refusal(value: Any, error: RecordError) -> Problem:
-    """Whether a row was refused for the number of its placeholders or for something else."""
-    try:
-        row = to_row(value, error.where)
-        messages = [_read(turn) for turn in row["conversations"]]
-    except (RecordError, KeyError, TypeError):
-        return Problem("row", error.problem)
-    record = Record(tuple(messages))
-    counts = [(record.placeholders, len(row["image"])), (record.video_placeholders, len(row["video"]))]
-    completed = [given == 1 and not found for found, given in counts]
-    wrong = [found != given for found, given in counts]
-    if sum(completed) == 1:  # a single medium without placeholder is put before the first question
-        wrong = [bad and not done for bad, done in zip(wrong, completed, strict=True)]
-    return Problem("placeholders" if any(wrong) else "row", error.problem)
+def explain_refusal(error: RecordError) -> Problem:
+    """The problem behind an error of `parse_record` or `parse_pair`."""
+    kinds = {PlaceholderError: "placeholders", EmptyAnswerError: "empty-pair-answer"}
+    return Problem(kinds.get(type(error), "row"), error.problem)
 
 
-def _read(turn: dict[str, Any]) -> Message:
-    value = turn["value"]
-    if isinstance(value, str):
-        return Message(turn["from"], value)
-    return Message(turn["from"], value["text"], tuple(value["slots"]))
-
-
-def hash_record(record: Record) -> int:
+def hash_record(record: Record | PairRecord) -> int:
     """64 bits of a hash of the conversation and the names of its media, whatever format the row was written in.
 
     Among ten million different rows, two share it with a probability of 3e-6.
     """
+    parts = [record] if isinstance(record, Record) else [record.chosen, record.rejected]
+    digest = hashlib.blake2b(b"".join(map(_content, parts)), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _content(record: Record) -> bytes:
     turns = [(m.speaker, [p if isinstance(p, str) else [type(p).__name__] for p in m.parts]) for m in record.messages]
     media = [[str(source) for source in record.images], [asdict(video) for video in record.videos]]
-    digest = hashlib.blake2b(json.dumps([turns, media], default=str).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return json.dumps([turns, media], default=str).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def check_text(record: Record) -> Iterator[Problem]:
+def check_text(record: Record | PairRecord) -> Iterator[Problem]:
     """Problems in the turns of a record, at most one of each kind per turn."""
+    if isinstance(record, PairRecord):
+        yield from _check_pair(record)
+        return
     for number, message in enumerate(record.messages, 1):
-        turn = f"turn {number}"
-        is_learned = message.speaker in ("gpt", "pretrain")
-        if is_learned:
-            yield from _check_answer(message.text, turn)
-        yield from _check_grounding(message.text, turn, is_learned)
-        yield from _check_markup(message, turn)
+        yield from _check_turn(message, f"turn {number}", message.speaker in ("gpt", "pretrain"))
+
+
+def _check_pair(pair: PairRecord) -> Iterator[Problem]:
+    """Shared turns once; they are not learned. A rejected answer may be wrong, in its grounding or by looping, too."""
+    *shared, chosen = pair.chosen.messages
+    rejected = pair.rejected.messages[-1]
+    for number, message in enumerate(shared, 1):
+        yield from _check_turn(message, f"turn {number}", is_learned=False)
+    yield from _check_turn(chosen, "the chosen answer", is_learned=True)
+    yield from _check_markup(rejected, "the rejected answer")
+    if chosen.text == rejected.text:
+        yield Problem("identical-answers", f"both answers are {_shown(chosen.text)}; leave the row out")
+
+
+def _check_turn(message: Message, turn: str, is_learned: bool) -> Iterator[Problem]:
+    if is_learned:
+        yield from _check_answer(message.text, turn)
+    yield from _check_grounding(message.text, turn, is_learned)
+    yield from _check_markup(message, turn)
 
 
 def _check_answer(text: str, turn: str) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from .features import FeatureMaker, Features, SequenceTooLongError, make_feature
 from .lengths import LengthIndex, RowLength, hash_of, load_or_measure, measure_all, tokenizer_fingerprint
 from .media import RowSettings
 from .mixture import Mixture
-from .records import Record, RecordError, RecordFile
+from .records import RecordError, RecordFile
 from .skipped import Skipped
 
 __all__ = ["ConversationDataset", "RowSettings", "SequenceTooLongError", "make_features", "to_conversation"]
@@ -35,7 +35,7 @@ class ConversationDataset(Dataset):
     row (frames, JPEG quality) depends on these and on `seed` alone, not on workers or on the order of loading.
 
     Args:
-        records: Any sequence of records: a `Mixture`, a `RecordFile`, a list, or one that makes them up.
+        records: Any sequence of `Record`s: a `Mixture`, a `RecordFile`, a list, or one that makes them up.
         tokenizer: The checkpoint's tokenizer.
         image_processor: The checkpoint's `InternVLImageProcessor`.
         config: The `InternVLChatConfig`; gives the template and the visual tokens of a tile.
@@ -49,7 +49,7 @@ class ConversationDataset(Dataset):
         RecordError: from indexing, with `on_error="raise"`.
     """
 
-    records: Sequence[Record]
+    records: Sequence[Any]
     tokenizer: Any
     image_processor: Any
     config: Any
@@ -75,7 +75,7 @@ class ConversationDataset(Dataset):
         if not 0 <= row < len(self):  # iteration ends by this
             raise IndexError(f"{self.name}: row {row} of {len(self)}")
         try:
-            features = self.maker.features(self.records[row], self.settings_of(row), self._take(row, copy, epoch))
+            features = self._features(row, self._take(row, copy, epoch))
             self._check_length(row, features)
             return features
         except RecordError as error:
@@ -84,9 +84,20 @@ class ConversationDataset(Dataset):
     def measure(self, row: int) -> RowLength | Skipped:
         """What `row` costs, without decoding its pictures."""
         try:
-            return self.maker.measure(self.records[row], self.settings_of(row), self._take(row))
+            return self._measure(row, self._take(row))
         except RecordError as error:
             return self._skipped(row, error)
+
+    # What a row is made into; `preference_dataset` makes something else of it.
+
+    def _features(self, row: int, take: Take) -> Features:
+        return self.maker.features(self.records[row], self.settings_of(row), take)
+
+    def _measure(self, row: int, take: Take) -> RowLength:
+        return self.maker.measure(self.records[row], self.settings_of(row), take)
+
+    def _tokens(self, features: Features) -> int:
+        return len(features["input_ids"])
 
     def _take(self, row: int, copy: int = 0, epoch: int = 0) -> Take:
         return Take(self.seed, row, copy, epoch)
@@ -100,12 +111,12 @@ class ConversationDataset(Dataset):
         """A row must be what the plan took it for, or its pack exceeds the budgets."""
         if self.index is None:
             return
-        tiles = sum(features["num_patches"])
+        tokens, tiles = self._tokens(features), sum(features["num_patches"])
         planned = (int(self.index.tokens[row]), int(self.index.tiles[row]))
-        if (len(features["input_ids"]), tiles) != planned:
+        if (tokens, tiles) != planned:
             raise RecordError(
                 self.records[row].where,
-                f"has {len(features['input_ids'])} tokens and {tiles} tiles where the length index says {planned[0]} "
+                f"has {tokens} tokens and {tiles} tiles where the length index says {planned[0]} "
                 "and {planned[1]}: its media have changed since. Delete the index (data.index_cache) to measure again",
             )
 

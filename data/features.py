@@ -7,7 +7,8 @@ image processor. Nothing is cut: a row that is too long is an error, because a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..prompting_internvl import EncodedPrompt, ImageCountError, prompt_encoder
 from .augmentation import RandomJPEG, Take
 from .lengths import RowLength
 from .media import Media, RowSettings, count_frames, picture_sizes, read_pictures, read_videos, spell_out
+from .pairs import PairRecord
 from .records import Record, RecordError, check_placeholders
 
 Features = dict[str, Any]
@@ -59,6 +61,13 @@ def pretrain_segments(parts: Sequence[str | ImageSlot], end: str) -> list[Segmen
     return [*segments, Segment(end, supervised=True)]
 
 
+def last_answer_only(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments with none supervised but those of the last answer and its end."""
+    runs = [(learned, list(run)) for learned, run in groupby(segments, lambda segment: segment.supervised)]
+    last = max((place for place, (learned, _) in enumerate(runs) if learned), default=-1)
+    return [replace(s, supervised=place == last) for place, (_, run) in enumerate(runs) for s in run]
+
+
 @dataclass(frozen=True)
 class FeatureMaker:
     """Model inputs of records for one checkpoint.
@@ -86,11 +95,8 @@ class FeatureMaker:
         Raises:
             RecordError: a medium cannot be read, or the row cannot be encoded. SequenceTooLongError: it is too long.
         """
-        check_placeholders(record)
-        pictures, videos = read_pictures(record, settings), read_videos(record, settings, take)
-        media = spell_out(record, [len(frames) for frames in videos])
-        pixels, tiles = self._tiles(pictures, [frame for frames in videos for frame in frames], media, settings, take)
-        encoded = self._encode(record, media, tiles, settings)
+        counts, pixels, tiles = self._read(record, settings, take)
+        encoded = self._encode(record, counts, tiles, settings)
         return {
             "input_ids": torch.tensor(encoded.input_ids),
             "labels": torch.tensor(encoded.labels),
@@ -100,15 +106,57 @@ class FeatureMaker:
 
     def measure(self, record: Record, settings: RowSettings = DEFAULTS, take: Take = FIRST) -> RowLength:
         """Tokens, tiles and supervised tokens that `features` will give; pictures are not decoded."""
+        counts, tiles = self._count(record, settings, take)
+        encoded = self._encode(record, counts, tiles, settings)
+        return RowLength(len(encoded.input_ids), sum(tiles), sum(encoded.supervised))
+
+    def pair_features(self, pair: PairRecord, settings: RowSettings = DEFAULTS, take: Take = FIRST) -> Features:
+        """Model inputs of a pair, a pure function of the arguments; the media are read and tiled once for both.
+
+        Only the last answer and its end token are labelled; earlier answers belong to the prompt. The ids before the
+        answer are those of the inference prompt, so they are the same in both sequences.
+
+        Returns:
+            `chosen_input_ids`, `chosen_labels`, `rejected_input_ids` and `rejected_labels`, (L,) int64 each with an L
+            of its own; `pixel_values` and `num_patches` as from `features`.
+
+        Raises:
+            RecordError: as for `features`. SequenceTooLongError: one of the sequences is too long.
+        """
+        counts, pixels, tiles = self._read(pair.chosen, settings, take)
+        output: Features = {}
+        for name, record in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            encoded = self._encode(record, counts, tiles, settings, name)
+            output[f"{name}_input_ids"] = torch.tensor(encoded.input_ids)
+            output[f"{name}_labels"] = torch.tensor(encoded.labels)
+        return {**output, "pixel_values": pixels, "num_patches": tiles}
+
+    def measure_pair(self, pair: PairRecord, settings: RowSettings = DEFAULTS, take: Take = FIRST) -> RowLength:
+        """What `pair_features` will give: tokens and supervised tokens of both sequences, tiles once."""
+        counts, tiles = self._count(pair.chosen, settings, take)
+        both = [
+            self._encode(record, counts, tiles, settings, name)
+            for name, record in (("chosen", pair.chosen), ("rejected", pair.rejected))
+        ]
+        return RowLength(sum(len(e.input_ids) for e in both), sum(tiles), sum(sum(e.supervised) for e in both))
+
+    def _read(
+        self, record: Record, settings: RowSettings, take: Take
+    ) -> tuple[list[int], torch.Tensor | None, list[int]]:
+        """Frames of each video, tiles of all media in reading order, and their numbers."""
+        check_placeholders(record)
+        pictures, videos = read_pictures(record, settings), read_videos(record, settings, take)
+        counts = [len(frames) for frames in videos]
+        frames = [frame for frames in videos for frame in frames]
+        return counts, *self._tiles(pictures, frames, spell_out(record, counts), settings, take)
+
+    def _count(self, record: Record, settings: RowSettings, take: Take) -> tuple[list[int], list[int]]:
+        """Frames of each video and tiles of each medium, as `_read` will find them."""
         check_placeholders(record)
         counts = count_frames(record, settings, take)
-        media = spell_out(record, counts)
         sizes = picture_sizes(record, settings)
-        options = self._options(settings)
-        each = iter(self.image_processor.num_tiles_per_image(sizes, **options) if sizes else [])
-        tiles = [1 if is_frame else next(each) for is_frame in media.frames]
-        encoded = self._encode(record, media, tiles, settings)
-        return RowLength(len(encoded.input_ids), sum(tiles), sum(encoded.supervised))
+        each = iter(self.image_processor.num_tiles_per_image(sizes, **self._options(settings)) if sizes else [])
+        return counts, [1 if is_frame else next(each) for is_frame in spell_out(record, counts).frames]
 
     def _options(self, settings: RowSettings) -> dict[str, Any]:
         limits = {name: getattr(settings, name) for name in ("min_dynamic_patch", "max_dynamic_patch")}
@@ -138,22 +186,30 @@ class FeatureMaker:
         output = self.image_processor(images, **options)
         return output["pixel_values"], output["num_patches"].tolist()
 
-    def _encode(self, record: Record, media: Media, tiles: list[int], settings: RowSettings) -> EncodedPrompt:
+    def _encode(
+        self, record: Record, counts: list[int], tiles: list[int], settings: RowSettings, answer: str | None = None
+    ) -> EncodedPrompt:
+        """Ids and labels; with the name of an `answer` of a pair, only the last one is supervised."""
+        media = spell_out(record, counts)
         lengths = [sum(self.config.tokens_per_tile(count)) for count in tiles]
         speaker, parts = media.turns[0]
         if speaker == "pretrain":
             segments = pretrain_segments(parts, self.tokenizer.eos_token or "")
         else:
             segments = to_conversation(record, self.config, media).segments()
+        if answer is not None:
+            segments = last_answer_only(segments)
         try:
             encoded = prompt_encoder(self.tokenizer).encode_supervised(segments, lengths)
         except (ImageCountError, TemplateError) as error:
             raise RecordError(record.where, str(error)) from error
         limit = settings.max_seq_length
         if limit is not None and len(encoded.input_ids) > limit:
+            which = "" if answer is None else f"with its {answer} answer: "
             raise SequenceTooLongError(
                 record.where,
-                f"{len(encoded.input_ids)} tokens ({sum(lengths)} of them visual) exceed max_seq_length={limit}; "
+                f"{which}{len(encoded.input_ids)} tokens ({sum(lengths)} of them visual) exceed "
+                f"max_seq_length={limit}; "
                 "raise the limit, lower max_dynamic_patch or the number of frames, or leave such rows out",
             )
         return encoded

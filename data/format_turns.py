@@ -21,11 +21,14 @@ _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     "pretrain": "pretrain",
 }
+# Keys that make a row one of preference training; `pairs` reads those.
+PAIR_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 # What would change the meaning of a row if it were left out, with what to do about it.
 _UNSUPPORTED = {
     **dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages"),
-        "this is a row for preference training; for supervised training keep only the answer to learn",
+        PAIR_KEYS,
+        "this is a row for preference training (MPO), whose recipe has a 'preference' section; for supervised "
+        "training keep only the answer to learn",
     ),
     **dict.fromkeys(("audio", "audios"), "audio is not supported; leave such rows out"),
     **dict.fromkeys(("tool_calls", "function_call"), "tool calls are not supported; write them as text"),
@@ -144,15 +147,26 @@ def _pairs(row: Row, key: str, where: str) -> list[Turn]:
 
 def _query(row: Row, key: str, where: str) -> list[Turn]:
     """ms-swift's query, response and history, or Alpaca's instruction, input and output."""
-    question, answer_key = row[key], {"query": "response", "instruction": "output"}[key]
-    if key == "instruction" and row.get("input"):
-        question = f"{question}\n{row['input']}" if question else row["input"]
+    answer_key = {"query": "response", "instruction": "output"}[key]
     if answer_key not in row:
         raise RecordError(where, f"the row has {key!r} but no {answer_key!r}")
+    return _alternate([*history_of(row, where), (question_of(row, key), row[answer_key])], where)
+
+
+def question_of(row: Row, key: str) -> Any:
+    """The question under `key`; Alpaca's `instruction` with its `input`, if there is one, on the lines after it."""
+    question = row[key]
+    if key == "instruction" and row.get("input"):
+        return f"{question}\n{row['input']}" if question else row["input"]
+    return question
+
+
+def history_of(row: Row, where: str) -> list[Any]:
+    """The [question, answer] pairs of earlier turns under `history`."""
     history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RecordError(where, f"'history' must be a list of [question, answer] pairs, got {history!r:.60}")
-    return _alternate([*history, (question, row[answer_key])], where)
+    return history
 
 
 def _alternate(pairs: list[Any], where: str) -> list[Turn]:
@@ -190,10 +204,15 @@ def with_system(turns: list[Turn], row: Row, where: str) -> list[Turn]:
     return [Turn("system", (system,)), *turns]
 
 
+def is_given(row: Row, key: str) -> bool:
+    """Whether a key says anything: tables of several kinds of rows fill the others' keys with empty values."""
+    return bool(row.get(key)) and row[key] != "[]"
+
+
 def refuse_unsupported(row: Row, where: str) -> None:
     """Raises `RecordError` for a row or turn with a key that changes its meaning and cannot be kept."""
     for key, advice in _UNSUPPORTED.items():
-        if row.get(key) and row[key] != "[]":
+        if is_given(row, key):
             raise RecordError(where, f"the row has {key!r}: {advice}")
 
 

@@ -14,12 +14,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from .annotations import RecordError
-from .records import Record, RecordFile
+from .records import RecordFile, RowParser, parse_record
 from .sources import DataSource, DataSourceError, load_sources, read_meta
 
 __all__ = ["DataSource", "DataSourceError", "Mixture", "load_sources", "read_meta"]
@@ -27,25 +28,26 @@ __all__ = ["DataSource", "DataSourceError", "Mixture", "load_sources", "read_met
 logger = logging.getLogger(__name__)
 
 
-class Mixture(Sequence[Record]):
+class Mixture(Sequence[Any]):
     """All rows of several data sets, each row once; a source with `repeat_time` 0 is not opened and has none.
 
     Args:
         sources: The data sets; their names must differ.
+        parse: What makes a record of a row, see `RecordFile`.
 
     Raises:
         DataSourceError: no sources, a name given twice, a file that is missing, empty or no annotation file, or every
             source switched off.
     """
 
-    def __init__(self, sources: Sequence[DataSource]) -> None:
+    def __init__(self, sources: Sequence[DataSource], parse: RowParser = parse_record) -> None:
         if not sources:
             raise DataSourceError("(none)", "there is no data; set meta_path or data_paths")
         twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
         if twice:
             raise DataSourceError(twice[0], "two data sets have this name; rename one")
         self.sources = tuple(sources)
-        self.files = tuple(_open(source) if source.repeat_time else None for source in sources)
+        self.files = tuple(_open(source, parse) if source.repeat_time else None for source in sources)
         self.ends = np.cumsum([0 if file is None else len(file) for file in self.files], dtype=np.int64)
         if not len(self):
             raise DataSourceError(sources[0].name, "this and all others have repeat_time 0, so there is no data")
@@ -53,7 +55,7 @@ class Mixture(Sequence[Record]):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, row: int) -> Record:  # type: ignore[override]  # no slices
+    def __getitem__(self, row: int) -> Any:  # type: ignore[override]  # no slices
         return self.record(row)
 
     def locate(self, row: int) -> tuple[int, int]:
@@ -67,8 +69,8 @@ class Mixture(Sequence[Record]):
         source = int(np.searchsorted(self.ends, row, side="right"))
         return source, int(row) - self._start(source)
 
-    def record(self, row: int) -> Record:
-        """The row, validated.
+    def record(self, row: int) -> Any:
+        """The row, validated: what `parse` makes of it.
 
         Raises:
             RecordError: it cannot be used. IndexError: no such row.
@@ -122,9 +124,9 @@ class Mixture(Sequence[Record]):
         return int(self.ends[index - 1]) if index else 0
 
 
-def _open(source: DataSource) -> RecordFile:
+def _open(source: DataSource, parse: RowParser) -> RecordFile:
     try:
-        file = RecordFile(source.annotation, source.root)
+        file = RecordFile(source.annotation, source.root, parse)
     except FileNotFoundError as error:
         path = Path(source.annotation).absolute()
         raise DataSourceError(source.name, f"there is no annotation file {str(path)!r}; check the path") from error

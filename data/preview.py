@@ -1,11 +1,13 @@
 """A row as the model will see it: its text with the learned parts marked, and its counts. `preview_picture` draws it.
 
+`pair_preview` shows preference rows.
+
 The row goes through the very functions of training (`features`), so what is shown here is what is trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -93,13 +95,17 @@ def make_preview(
     """
     settings, take = settings or RowSettings(), take or Take()
     features = maker.features(record, settings, take)
+    return Preview(record, features, tuple(find_spans(features, maker)), *read_media(record, settings, take))
+
+
+def read_media(record: Record, settings: RowSettings, take: Take) -> tuple[tuple[Image.Image, ...], tuple[int, ...]]:
+    """`pictures` and `owners` of a preview."""
     videos = read_videos(record, settings, take)
     stills = iter([(picture, 0) for picture in read_pictures(record, settings)])
     moving = ((frame, number) for number, frames in enumerate(videos, 1) for frame in frames)
     media = spell_out(record, [len(frames) for frames in videos])
     shown = [next(moving if is_frame else stills) for is_frame in media.frames]
-    pictures, owners = (tuple(values) for values in zip(*shown, strict=True)) if shown else ((), ())
-    return Preview(record, features, tuple(find_spans(features, maker)), pictures, owners)
+    return tuple(picture for picture, _ in shown), tuple(owner for _, owner in shown)
 
 
 def find_spans(features: Features, maker: FeatureMaker) -> Iterator[Span]:
@@ -130,23 +136,32 @@ def render(preview: Preview, reduction: str = "square", color: bool = False) -> 
         reduction: `loss_reduction` of the run; its weight is shown first.
         color: Use ANSI colours.
     """
-    legend = "learned text is green" if color else "learned text stands in [+ +]"
     text = render_text(preview.spans, color).rstrip("\n")
-    return "\n".join([f"({legend})", text, "", *_counts(preview, reduction), "", *_answers(preview)])
+    return "\n".join([legend(color), text, "", *_counts(preview, reduction), "", *_answers(preview)])
+
+
+def legend(color: bool) -> str:
+    """How `render_text` marks what is learned."""
+    return "(learned text is green)" if color else "(learned text stands in [+ +])"
 
 
 def _counts(preview: Preview, reduction: str) -> Iterator[str]:
     visual = sum(span.tokens for span in preview.spans if span.visual)
     yield f"tokens   {preview.tokens} ({visual} visual, {preview.learned} learned)"
-    stills = [tiles for tiles, owner in zip(preview.tiles, preview.owners, strict=True) if not owner]
-    parts = [f"{' + '.join(map(str, stills))} of pictures"] if stills else []
-    frames = len(preview.tiles) - len(stills)
-    parts += [f"{frames} of frames"] if frames else []
-    yield f"tiles    {sum(preview.tiles)}" + (f" ({', '.join(parts)})" if parts else "")
+    yield count_tiles(preview.tiles, preview.owners)
     names = [reduction, *(name for name in LOSS_REDUCTIONS if name != reduction)]
     weights = {name: length_to_weight(preview.learned, name) for name in names}
     shown = (f"{name} {weight:.4g} (row: {weight * preview.learned:.4g})" for name, weight in weights.items())
     yield f"weight   of each learned token by loss_reduction: {', '.join(shown)}"
+
+
+def count_tiles(tiles: Sequence[int], owners: Sequence[int]) -> str:
+    """The line on tiles, those of pictures one by one."""
+    stills = [count for count, owner in zip(tiles, owners, strict=True) if not owner]
+    parts = [f"{' + '.join(map(str, stills))} of pictures"] if stills else []
+    frames = len(tiles) - len(stills)
+    parts += [f"{frames} of frames"] if frames else []
+    return f"tiles    {sum(tiles)}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _answers(preview: Preview) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..tiling_internvl import find_grid
+from .pair_preview import PairPreview
 from .preview import Preview
 
 _MARGIN, _GAP, _LINE = 12, 4, 18
@@ -48,7 +49,7 @@ def grid_of(size: tuple[int, int], tiles: int, image_processor: Any) -> tuple[in
     return find_grid(*size, cells, cells, image_processor.image_size, no_upscale=image_processor.no_upscale)
 
 
-def draw_preview(preview: Preview, image_processor: Any) -> Image.Image | None:
+def draw_preview(preview: Preview | PairPreview, image_processor: Any) -> Image.Image | None:
     """One picture of all media of a row; None for a row without any.
 
     Args:

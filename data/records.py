@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,20 @@ from .annotations import AnnotationFile, RecordError
 from .formats import SPEAKERS, VIDEO_PLACEHOLDER, to_row
 
 __all__ = [
-    "IMAGE_PLACEHOLDER", "SPEAKERS", "VIDEO_PLACEHOLDER", "FrameSampling", "Message", "Record", "RecordError",
-    "RecordFile", "Video", "VideoSlot", "check_placeholders", "parse_record",
+    "IMAGE_PLACEHOLDER", "SPEAKERS", "VIDEO_PLACEHOLDER", "FrameSampling", "Message", "PlaceholderError", "Record",
+    "RecordError", "RecordFile", "RowParser", "Video", "VideoSlot", "check_placeholders", "parse_record",
 ]  # fmt: skip
+
+RowParser = Callable[[Any, str, "str | Path"], Any]
+"""A function like `parse_record`: decoded row, its position, root of its media -> record."""
 
 Speaker = Literal["system", "human", "gpt", "pretrain"]
 _PLACEHOLDER = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
 _WITH_MEDIA = ("human", "pretrain")
+
+
+class PlaceholderError(RecordError):
+    """A row whose placeholders differ in number from its media."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def parse_record(row: Any, where: str = "record", root: str | Path = "") -> Reco
         root: Folder (or URL) that paths are relative to.
 
     Raises:
-        RecordError: the row is malformed, or media and placeholders differ in number.
+        RecordError: the row is malformed. PlaceholderError: media and placeholders differ in number.
     """
     row = to_row(row, where)
     images = tuple(_locate(root, name) for name in row["image"])
@@ -145,7 +152,7 @@ def parse_record(row: Any, where: str = "record", root: str | Path = "") -> Reco
 
 
 def check_placeholders(record: Record) -> None:
-    """Raises `RecordError` unless a record has as many placeholders as media, of either kind."""
+    """Raises `PlaceholderError` unless a record has as many placeholders as media, of either kind."""
     for marker, found, given, name in (
         (IMAGE_PLACEHOLDER, record.placeholders, len(record.images), "image"),
         (VIDEO_PLACEHOLDER, record.video_placeholders, len(record.videos), "video"),
@@ -154,7 +161,9 @@ def check_placeholders(record: Record) -> None:
             advice = f"write one per {name}, in order"
             if found > given:
                 advice += f'; a {marker} that is only text needs the turn as {{"text": ..., "slots": [...]}}'
-            raise RecordError(record.where, f"the human turns have {found} {marker} for {given} {name}(s); {advice}")
+            raise PlaceholderError(
+                record.where, f"the human turns have {found} {marker} for {given} {name}(s); {advice}"
+            )
 
 
 def _with_missing_placeholder(record: Record) -> Record:
@@ -225,31 +234,35 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-class RecordFile(Sequence[Record]):
+class RecordFile(Sequence[Any]):
     """Records of an annotation file, `.jsonl` or `.json`; a bad row is an error when it is asked for.
 
     Args:
         path: The file.
         root: Folder that paths of pictures and videos are relative to.
+        parse: What makes a record of a row: `parse_record`, or `pairs.parse_pair` for preference rows.
 
     Raises:
         RecordError: from indexing, on a bad row; from the constructor, for a file that cannot be one (see
             `AnnotationFile`).
     """
 
-    def __init__(self, path: str | Path, root: str | Path = "") -> None:
+    def __init__(self, path: str | Path, root: str | Path = "", parse: RowParser = parse_record) -> None:
         self.annotations = AnnotationFile(path)
         self.path = self.annotations.path
         self.root = root
+        self.parse = parse
 
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
-        return parse_record(self.annotations[index], self.annotations.where(index), self.root)
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
+        return self.parse(self.annotations[index], self.annotations.where(index), self.root)
 
     def fingerprint(self) -> str:
-        """Hash of the file's content and of where its media are, 32 hexadecimal digits."""
+        """Hash of the file's content, of where its media are and of how it is read, 32 hexadecimal digits."""
         root = str(self.root) if "://" in str(self.root) else str(Path(self.root).absolute())
         text = f"{self.annotations.fingerprint()} {root}"
+        if self.parse is not parse_record:  # of others only the name is known
+            text += f" {getattr(self.parse, '__qualname__', repr(self.parse))}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -7,9 +7,10 @@ writes everything else to a file. Nothing is mended or left out here; see `check
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,108 +18,30 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..tiling_internvl import MAX_PIXELS
-from .augmentation import Take
-from .checks import CHECKS, Finding, Problem, check_text, explain_refusal, hash_record, to_finding
-from .features import FeatureMaker, SequenceTooLongError
-from .media import RowSettings, count_frames
-from .media_checks import check_pictures, check_videos, explain_unusable
+from .checks import Finding, Problem, to_finding
+from .features import FeatureMaker
+from .media import RowSettings
 from .mixture import DataSource, Mixture, load_sources
-from .records import Record, RecordError, parse_record
+from .pairs import parse_any
+from .records import RowParser
+from .row_checker import Limits, RowChecker
 from .validation_report import ValidationReport
 
 if TYPE_CHECKING:
     from ..training.arguments import DataArguments
 
+__all__ = ["Limits", "RowChecker", "find_duplicates", "validate"]
+
 _CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a row may cost, and the draw of its frames; see `InternVLTrainingArguments`.
-
-    Attributes:
-        max_seq_length: Most tokens of a row, visual ones included; None for no limit.
-        max_tiles: Most tiles of a row; None for no limit. Packing has one.
-        seed: Of the run; a row's number of frames depends on it.
-    """
-
-    max_seq_length: int | None = None
-    max_tiles: int | None = None
-    seed: int = 42
-
-
 class _Checked(NamedTuple):
-    """Rows of a chunk: 64-bit hashes, whether there is one, and (place in the chunk, problem)."""
+    """Rows of a chunk: 64-bit hashes, whether there is one, how many are pairs, and (place in the chunk, problem)."""
 
     hashes: np.ndarray
     hashed: np.ndarray
+    pairs: int
     problems: list[tuple[int, Problem]]
-
-
-@dataclass(frozen=True)
-class RowChecker:
-    """Checks single rows.
-
-    Args:
-        mixture: The data sets.
-        settings: How rows are read; data sets may say otherwise for theirs.
-        limits: What a row may cost.
-        maker: Measures rows with a checkpoint's tokenizer and processor; None: lengths are not checked.
-        decode: Decode pictures and frames instead of reading headers.
-    """
-
-    mixture: Mixture
-    settings: RowSettings
-    limits: Limits = Limits()
-    maker: FeatureMaker | None = None
-    decode: bool = False
-
-    def check(self, row: int) -> tuple[list[Problem], int | None]:
-        """Problems of a row, and the hash of its content, None if it cannot be read."""
-        source, place = self.mixture.locate(row)
-        file = self.mixture.files[source]
-        assert file is not None  # a source that is off has no rows to locate
-        where = file.annotations.where(place)
-        try:
-            value = file.annotations[place]
-        except RecordError as error:
-            return [Problem("row", error.problem)], None
-        try:
-            record = parse_record(value, where, file.root)
-        except RecordError as error:
-            return [explain_refusal(value, error)], None
-        settings = self.settings.of(self.mixture.sources[source])
-        take = Take(self.limits.seed, row)
-        return [*check_text(record), *self._check_media(record, settings, take)], hash_record(record)
-
-    def _check_media(self, record: Record, settings: RowSettings, take: Take) -> list[Problem]:
-        """Media first: a row with a bad picture has no length."""
-        most = MAX_PIXELS
-        if self.maker is not None and self.maker.image_processor.max_pixels is not None:
-            most = min(most, self.maker.image_processor.max_pixels)
-        problems = list(check_pictures(record, settings.exif, self.decode, most))
-        problems += check_videos(record, settings, take, self.decode and not problems)
-        if not any(CHECKS[problem.check].is_left_out for problem in problems):
-            problems += self._check_length(record, settings, take)
-        return problems
-
-    def _check_length(self, record: Record, settings: RowSettings, take: Take) -> Iterator[Problem]:
-        try:
-            if self.maker is None:
-                count_frames(record, settings, take)
-                return
-            length = self.maker.measure(record, settings, take)
-        except SequenceTooLongError as error:
-            yield Problem("too-long", error.problem)
-            return
-        except RecordError as error:
-            yield explain_unusable(record, error)
-            return
-        if not length.supervised:
-            yield Problem("unsupervised", f"none of its {length.tokens} tokens is learned")
-        if self.limits.max_tiles is not None and length.tiles > self.limits.max_tiles:
-            yield Problem("too-long", f"{length.tiles} tiles exceed num_images_expected={self.limits.max_tiles}")
 
 
 class _Chunks(Dataset):
@@ -136,12 +59,14 @@ class _Chunks(Dataset):
         rows = range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.checker.mixture)))
         hashes, hashed = np.zeros(len(rows), dtype=np.uint64), np.zeros(len(rows), dtype=bool)
         problems: list[tuple[int, Problem]] = []
+        pairs = 0
         for i, row in enumerate(rows):
-            found, content = self.checker.check(row)
+            found, content, is_pair = self.checker.check(row)
             problems += [(i, problem) for problem in found]
             if content is not None:
                 hashes[i], hashed[i] = content, True
-        return _Checked(hashes, hashed, problems)
+            pairs += is_pair
+        return _Checked(hashes, hashed, pairs, problems)
 
 
 def validate(
@@ -149,6 +74,7 @@ def validate(
     maker: FeatureMaker | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     *,
+    parse: RowParser = parse_any,
     decode: bool = False,
     workers: int = 0,
     report: str | Path | None = None,
@@ -164,6 +90,8 @@ def validate(
         data_arguments: Which data, and how it is read.
         maker: Tokenizer, image processor and configuration of a checkpoint; None: lengths are not checked.
         limits: What a row may cost.
+        parse: Which rows are accepted: conversations and preference rows, as they come; with `records.parse_record`
+            only the former, with `pairs.parse_pair` only the latter, as in training with either.
         decode: Decode every picture, and the frames of videos that the first epoch takes; else only headers are read.
         workers: Processes; 0 for this one.
         report: A `.jsonl` file to write: one object per problem with `source`, `where`, `check`, `severity`,
@@ -174,7 +102,7 @@ def validate(
     Raises:
         DataSourceError: there is no data, or a data set cannot be opened. OSError: `report` cannot be written.
     """
-    mixture = Mixture(_sources_of(data_arguments))
+    mixture = Mixture(_sources_of(data_arguments), parse)
     settings = RowSettings(
         max_seq_length=limits.max_seq_length,
         exif=data_arguments.exif,
@@ -193,11 +121,17 @@ def validate(
     ]
     with ExitStack() as stack:
         sink = None if report is None else stack.enter_context(Path(report).open("w", encoding="utf-8"))
-        for row, problem in _find(checker, workers, progress):
+        kinds: Counter[str] = Counter()
+        for row, problem in _find(checker, workers, progress, kinds):
             finding = _place(mixture, row, problem)
             output.add(row, finding)
             if sink is not None:
                 sink.write(json.dumps(_line(mixture, row, finding), ensure_ascii=False) + "\n")
+    if len(+kinds) > 1:
+        output.notes.append(
+            f"{kinds['pairs']:,} are preference rows and {kinds['conversations']:,} are conversations; a run takes "
+            "one kind: the former if its recipe has a 'preference' section, else the latter"
+        )
     return output
 
 
@@ -207,8 +141,8 @@ def _sources_of(data_arguments: DataArguments) -> list[DataSource]:
     return [*load_sources(data_arguments), *(replace(source, name=f"eval:{source.name}") for source in evaluation)]
 
 
-def _find(checker: RowChecker, workers: int, progress: bool) -> Iterator[tuple[int, Problem]]:
-    """(row, problem) in the order of rows, then those of duplicates."""
+def _find(checker: RowChecker, workers: int, progress: bool, kinds: Counter[str]) -> Iterator[tuple[int, Problem]]:
+    """(row, problem) in the order of rows, then those of duplicates; counts the kinds of rows that can be read."""
     rows = len(checker.mixture)
     hashes, hashed = np.zeros(rows, dtype=np.uint64), np.zeros(rows, dtype=bool)
     loader = DataLoader(_Chunks(checker), batch_size=None, num_workers=workers)
@@ -217,6 +151,7 @@ def _find(checker: RowChecker, workers: int, progress: bool) -> Iterator[tuple[i
         for chunk in loader:
             end = start + len(chunk.hashes)
             hashes[start:end], hashed[start:end] = chunk.hashes, chunk.hashed
+            kinds.update(pairs=chunk.pairs, conversations=int(chunk.hashed.sum()) - chunk.pairs)
             yield from ((start + place, problem) for place, problem in chunk.problems)
             bar.update(end - start)
             start = end

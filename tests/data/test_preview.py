@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from internvl_hub.app.data_commands import preview_main
 from internvl_hub.data.augmentation import Take
 from internvl_hub.data.features import FeatureMaker
 from internvl_hub.data.media import RowSettings
+from internvl_hub.data.pair_preview import make_pair_preview, render_pair
+from internvl_hub.data.pairs import PairRecord
 from internvl_hub.data.preview import make_preview, render, render_text
 from internvl_hub.data.preview_picture import denormalize, draw_preview, grid_of
 from internvl_hub.data.records import FrameSampling, Message, Record, Video
@@ -74,6 +77,32 @@ def test_counts_and_weights() -> None:
     assert f"tiles    6 ({' + '.join(map(str, preview.tiles))} of pictures)" in text
     assert f"sample {1 / x:.4g} (row: 1), token 1 (row: {x}), square {x**-0.5:.4g} (row: {x**0.5:.4g})" in text
     assert "learned 1: 'A cat.<|im_end|>'" in text
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
+def test_pairs_show_the_prompt_once_and_both_answers(kind: str) -> None:
+    one, other = (
+        record("<image>\nHi", "Hello", "What?", answer, images=1, where="rows:1") for answer in ("A cat.", "No, 猫.")
+    )
+    row = PairRecord(one, replace(other, images=one.images))
+    preview = make_pair_preview(maker(kind), row)
+    text = render_pair(preview)
+    visual = 4 * sum(preview.tiles)
+    assert text.count("What?") == text.count(f"<IMG_CONTEXT> x {visual}") == 1
+    assert "assistant\nHello<|im_end|>" in text
+    assert "\n\nchosen:\n[+A cat.<|im_end|>+]\n\nrejected:\n[+No, 猫.<|im_end|>+]\n\n" in text
+    both = [preview.features[f"{name}_input_ids"] for name in ("chosen", "rejected")]
+    prompt, learned = sum(span.tokens for span in preview.prompt), []
+    for ids, spans in zip(both, (preview.chosen, preview.rejected), strict=True):
+        assert prompt + sum(span.tokens for span in spans) == len(ids)
+        learned.append(sum(span.tokens for span in spans if span.learned))
+    assert f"tokens   {prompt} of the prompt ({visual} visual), {learned[0]} learned of the chosen answer, " in text
+    assert f"{learned[1]} learned of the rejected answer\ntiles    3 (3 of pictures)" in text
+    assert preview.tokens == max(map(len, both))
+    assert draw_preview(preview, maker().image_processor).tobytes() == (
+        draw_preview(make_preview(maker(kind), one), maker().image_processor).tobytes()
+    )
+    assert "\x1b[1;32mA cat.<|im_end|>\x1b[0m" in render_pair(preview, color=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- media
@@ -168,6 +197,20 @@ def test_command_names_a_bad_row_and_goes_on(rows: Path, capsys: pytest.CaptureF
     output = capsys.readouterr()
     assert output.out.count("data set 'rows'") == 2
     assert "row 2 of data set 'rows': rows.jsonl:5: cannot load image" in output.err
+
+
+def test_command_shows_pairs(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"question": "Q", "chosen": "Good", "rejected": "Bad"}, {"question": "Q", "chosen": "Good"},
+             {"image": "a.png", "prompt": "Q", "chosen": "Good", "rejected": "Bad"}]  # fmt: skip
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert command("pairs.jsonl", "--row", 2) == 0
+    output = capsys.readouterr().out
+    assert "row 2, data set 'pairs', pairs.jsonl:3" in output
+    assert "chosen:\n[+Good<|im_end|>+]" in output
+    assert "rejected:\n[+Bad<|im_end|>+]" in output
+    assert Path("preview/row2.png").is_file()
+    assert command("pairs.jsonl", "--row", 1) == 1
+    assert "pairs.jsonl:2: the row has no 'rejected'" in capsys.readouterr().err
 
 
 def test_random_rows_depend_on_the_seed(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

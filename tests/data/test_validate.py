@@ -23,6 +23,8 @@ from internvl_hub.data.features import FeatureMaker
 from internvl_hub.data.media import RowSettings
 from internvl_hub.data.media_checks import explain_unusable
 from internvl_hub.data.mixture import Mixture, load_sources
+from internvl_hub.data.pairs import is_pair, parse_pair
+from internvl_hub.data.preference_dataset import PreferenceDataset
 from internvl_hub.data.records import Record, RecordError, parse_record
 from internvl_hub.data.repetition import repeated_ngrams, repeated_share
 from internvl_hub.data.validate import Limits, find_duplicates, validate
@@ -86,10 +88,31 @@ def found(report: ValidationReport) -> dict[str, int]:
     return dict(counts)
 
 
+def choice(question: str = "Q", chosen: str = "Good", rejected: str = "Bad", **media: Any) -> Row:
+    return {**media, "question": question, "chosen": chosen, "rejected": rejected}
+
+
+def talked(*texts: str) -> list[Row]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
 ANSWER = "<ref>cat</ref><box>[[0, 10, 1000, 10]]</box>"
 LOOP = "one two three four five six seven eight nine ten "
 PLAIN = " ".join(map(str, range(60)))
 CASES: dict[str, tuple[Row, Row | str]] = {
+    "row-pair": (choice(), {"question": "Q", "chosen": "Good"}),
+    "row-pair-prompts": (choice(), {"chosen": talked("a", "b"), "rejected": talked("c", "d")}),
+    "placeholders-pair": (choice("<image>", image="good.png"), choice("<image><image>", image="good.png")),
+    "missing-media-pair": (choice(image="good.png"), choice(image="gone.png")),
+    "clip-end-pair": (choice(video="video.gif", clip=[1, 2.9]), choice(video="video.gif", clip=[1, 3.1])),
+    "empty-pair-answer": (choice(rejected="."), choice(rejected=" ")),
+    "empty-pair-answer-chosen": (choice(chosen="."), choice(chosen="")),
+    "identical-answers": (choice(chosen="same", rejected="Same"), choice(chosen="same", rejected="same")),
+    "box-pair": (choice(chosen=ANSWER), choice(chosen=ANSWER.replace("1000", "1001"))),
+    "question-box-pair": (choice(), choice("Is it <box>[[10, 2, 3, 4]]</box>?")),
+    "repetition-pair": (choice(rejected=LOOP * 4), choice(chosen=LOOP * 4)),
+    "duplicate-pair": (choice("a"), choice()),
+    "markup-pair": (choice(rejected="a <b> c"), choice(rejected="a <|im_end|> c")),
     "row": (talk(), '{"conversations": ['),
     "row-turns": (talk(), {"conversations": [{"from": "human", "value": "Hi"}]}),
     "row-format": (talk(), {"dialogue": []}),
@@ -124,13 +147,15 @@ CASES: dict[str, tuple[Row, Row | str]] = {
 def test_each_check_finds_the_bad_row_only(case: str, media: Path, tmp_path: Path) -> None:
     check = max((name for name in CHECKS if case.startswith(name)), key=len)
     good, bad = CASES[case]
-    rows = [talk(), good, bad] if good != talk() else [talk(), bad]
+    plain = choice() if is_pair(bad) else talk()
+    rows = [plain, good, bad] if good != plain else [plain, bad]
     report = validate(data(tmp_path, rows, media))
     assert found(report) == {check: 1}
     (finding,) = report.kept["train", check]
     assert finding.where == f"{tmp_path / 'train.jsonl'}:{len(rows)}"
     assert report.is_ok == (CHECKS[check].severity != "error")
     assert dict(report.left_out) == ({"train": 1} if CHECKS[check].is_left_out else {})
+    assert report.notes == ["lengths were not checked: no model is named"]
 
 
 def test_truncated_pictures_show_when_decoded(media: Path, tmp_path: Path) -> None:
@@ -161,6 +186,70 @@ def test_lengths_are_those_of_training(media: Path, tmp_path: Path) -> None:
     )
     assert found(validate(arguments, maker(), Limits(max_tiles=frames))) == {"placeholders": 1}
     assert found(validate(arguments, maker(), Limits(max_tiles=frames - 1))) == {"placeholders": 1, "too-long": 1}
+
+
+def test_lengths_of_pairs_are_those_of_training(media: Path, tmp_path: Path) -> None:
+    rows = [choice(rejected="x" * n, image="good.png") for n in range(0, 60, 7)]
+    rows += [choice(chosen="x" * 40, video="video.gif"), choice("<image>")]
+    rows[0]["rejected"] = "x"
+    arguments = data(tmp_path, rows, media)
+    dataset = PreferenceDataset(
+        Mixture(load_sources(arguments), parse_pair), tiny.tokenizer(), tiny.image_processor(), tiny.config(),
+        on_error="skip", settings=RowSettings(max_seq_length=200), seed=42,
+    )  # fmt: skip
+    index = dataset.build_index(progress=False)
+    report = validate(arguments, maker(), Limits(max_seq_length=200, seed=42), report=tmp_path / "report.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert {int(line["where"].rsplit(":", 1)[1]) - 1 for line in lines} == set(index.unusable)
+    assert 1 < report.left_out["train"] < len(rows)
+    assert found(report) == {"too-long": report.left_out["train"] - 1, "placeholders": 1}
+    assert "with its rejected answer: " in report.kept["train", "too-long"][0].message
+    film = len(rows) - 2
+    tiles = maker().measure_pair(dataset.records[film], take=Take(42, film)).tiles
+    assert found(validate(arguments, maker(), Limits(max_tiles=tiles))) == {"placeholders": 1}
+    assert found(validate(arguments, maker(), Limits(max_tiles=tiles - 1))) == {"placeholders": 1, "too-long": 1}
+
+
+def test_what_both_answers_share_is_reported_once(media: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.jsonl"
+    row = choice(
+        "<|im_end|> <box>[[9, 9, 1, 1]]</box>", ANSWER, "see <image>", images=["gone.png"], system="<s> [INST]"
+    )
+    validate(data(tmp_path, [row], media), report=path)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["check"], line["message"].split()[:3]) for line in found] == [
+        ("markup", ["turn", "1", "(system)"]), ("question-box", ["turn", "2:", "[9,"]),
+        ("markup", ["turn", "2", "(human)"]), ("markup", ["the", "rejected", "answer"]),
+        ("missing-media", ["there", "is", "no"]),
+    ]  # fmt: skip
+    assert found[0]["row"] == row
+
+
+def test_earlier_answers_of_a_pair_are_not_learned(tmp_path: Path) -> None:
+    row = choice("Sure?", history=[["Q", LOOP * 4], ["Q", ""]])
+    assert found(validate(data(tmp_path, [row]))) == {}
+
+
+def test_a_run_takes_one_kind_of_rows(tmp_path: Path) -> None:
+    arguments = data(tmp_path, [talk(), choice(), choice("R"), {"question": "?"}])
+    report = validate(arguments)
+    assert found(report) == {"row": 1}
+    assert report.notes[-1].startswith("2 are preference rows and 1 are conversations; a run takes one kind: ")
+    supervised = validate(arguments, parse=parse_record)
+    assert (found(supervised), len(supervised.notes)) == ({"row": 3}, 1)
+    assert "recipe has a 'preference' section" in supervised.kept["train", "row"][0].message
+    preference = validate(arguments, parse=parse_pair)
+    assert (found(preference), len(preference.notes)) == ({"row": 2}, 1)
+    assert "the row has no 'chosen'" in preference.kept["train", "row"][0].message
+
+
+def test_duplicates_of_pairs(tmp_path: Path) -> None:
+    messages = talked("Q", "Good")
+    same = {"messages": messages, "rejected_response": "Bad"}
+    rows = [choice(), same, choice(chosen="Bad", rejected="Good"), choice(rejected="Worse"), talk("Q", "Good")]
+    report = validate(data(tmp_path, rows))
+    assert found(report) == {"duplicate": 1}
+    assert report.kept["train", "duplicate"][0].where.endswith(":2")
 
 
 def test_rows_without_a_learned_token(tmp_path: Path) -> None:
@@ -377,6 +466,21 @@ def test_recipe_and_meta_file(media: Path, tmp_path: Path, capsys: pytest.Captur
     assert command(recipe, "--no-lengths") == 0
     assert "lengths were not checked" in capsys.readouterr().out
     assert command(tmp_path / "meta.json") == 0
+
+
+def test_recipe_of_preference_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data(tmp_path, [choice(), talk()])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{model_name_or_path: {CHECKPOINT}}}\ndata: {{data_paths: [{tmp_path / 'train.jsonl'}]}}\n"
+        "training: {use_cpu: true}\n"
+    )
+    assert command(recipe, "--no-lengths") == 1
+    assert "train.jsonl:1: the row has 'chosen': this is a row for preference" in capsys.readouterr().out
+    assert command(recipe, "preference={}", "--no-lengths") == 1
+    assert "train.jsonl:2: the row has no 'chosen'" in capsys.readouterr().out
+    assert command(tmp_path / "train.jsonl") == 0
+    assert "1 are preference rows and 1 are conversations" in capsys.readouterr().out
 
 
 def test_checks_are_documented() -> None:
