@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..training.generation_metrics import Box, box_iou, parse_boxes
+from ..evaluation.boxes import Box, box_iou, parse_boxes
 from ..upload_to_hub import gather
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,8 @@
 """What answers questions: the interface that the model in this process and a server elsewhere share.
 
-An engine turns requests into sampled answers. It knows nothing of prompts, gold answers or files; a request that cannot
-be answered (a picture that cannot be read, a server that refuses) gives a `Failure` in its place, and the others go on.
+An engine turns requests into sampled answers. It knows nothing of prompts, gold answers or files; a request that
+cannot be answered (a picture that cannot be read, a server that refuses) gives a `Failure` in its place, and the
+others go on.
 """
 
 from __future__ import annotations

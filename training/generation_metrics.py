@@ -7,7 +7,6 @@ gets a mark, never an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +16,9 @@ import torch
 
 from ..data.dataset import ConversationDataset
 from ..data.skipped import Skipped
+from ..evaluation.boxes import Box as Box
+from ..evaluation.boxes import box_iou, parse_boxes
 from ..losses_internvl import IGNORE_INDEX
-
-Box = tuple[float, float, float, float]
-_NUMBER = r"\s*(\d{1,4})\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]", re.ASCII)
-
-
-def parse_boxes(text: str) -> list[Box]:
-    """Boxes [x1, y1, x2, y2] in `text`, in order, those without area left out; [] where there is none."""
-    boxes = [tuple(map(float, match.groups())) for match in _BOX.finditer(text)]
-    return [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
-
-
-def box_iou(first: Box, second: Box) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2), 0 to 1; 0 where the union has no area."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - shared
-    return shared / union if union > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...training.generation_metrics import box_iou, parse_boxes
+from ...evaluation.boxes import box_iou, parse_boxes
 from .tasks import Turn
 
 POINTING_HIT = 0.5
