@@ -170,6 +170,7 @@ class InternVLChatConfig(PretrainedConfig):
     model_type = "internvl_chat"
     is_composition = True
     sub_configs = {"vision_config": InternVisionConfig, "llm_config": AutoConfig}
+    attribute_map = {"image_token_id": "img_context_token_id"}  # the name that transformers and TRL look for
 
     def __init__(
         self,

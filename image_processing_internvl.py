@@ -329,7 +329,8 @@ class InternVLImageProcessor(BaseImageProcessor):
 
 def _flatten(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
+        nested = any(isinstance(item, (list, tuple)) for item in images)  # then None is a row without images
+        return [image for item in images if not (nested and item is None) for image in _flatten(item)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [images]

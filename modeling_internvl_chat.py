@@ -289,7 +289,7 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L).
-            pixel_values: (tiles, 3, S, S) of all images of the batch, in order of appearance.
+            pixel_values: (tiles, 3, S, S) of all images of the batch, in order of appearance; no tiles are no images.
             visual_features: Features to use instead of encoding `pixel_values`: (tiles, tokens, D) or (tokens, D).
             image_flags: (tiles,) or (tiles, 1): 0 marks a dummy tile whose features are not used.
             tile_index: (places,) int64, instead of `image_flags`: the tile that stands at each place, so that rows
@@ -304,11 +304,9 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
                 does not fit the tiles.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        features = (
-            self.extract_feature(pixel_values)
-            if visual_features is None and pixel_values is not None
-            else visual_features
-        )
+        features = visual_features
+        if features is None and pixel_values is not None and pixel_values.shape[0] > 0:
+            features = self.extract_feature(pixel_values)
         if features is not None:
             features = _used_features(features, image_flags, tile_index).to(embeds)
         mask = self._context_mask(input_ids, features)

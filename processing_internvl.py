@@ -96,6 +96,8 @@ class InternVLProcessor(ProcessorMixin):
         num_image_token: Visual tokens per tile.
         system_message: Default system text; None for the template's own.
         chat_template: Jinja template for text rendering; None writes the one of `template`.
+        return_num_patches: Return `num_patches` with the tiles; False for callers that know no such output, such as
+            TRL's `GRPOTrainer`.
 
     Raises:
         TemplateError: unknown template.
@@ -109,9 +111,11 @@ class InternVLProcessor(ProcessorMixin):
         num_image_token: int = 256,
         system_message: str | None = None,
         chat_template: str | None = None,
+        return_num_patches: bool = True,
         **kwargs: Any,
     ) -> None:
         self.template = template
+        self.return_num_patches = return_num_patches
         self.num_image_token = num_image_token
         self.system_message = system_message
         chat_template = chat_template or _default_chat_template(template, tokenizer, system_message)
@@ -345,7 +349,9 @@ class InternVLProcessor(ProcessorMixin):
             patches += row_patches
         data = self._pad(prompts, single, text_options, assistant_masks)
         if tiles:
-            data["pixel_values"], data["num_patches"] = torch.cat(tiles), torch.tensor(patches)
+            data["pixel_values"] = torch.cat(tiles)
+            if self.return_num_patches:
+                data["num_patches"] = torch.tensor(patches)
         return _as_tensors(data, text_options.get("return_tensors"))
 
     def _process_media(
@@ -378,7 +384,7 @@ class InternVLProcessor(ProcessorMixin):
         data["attention_mask"] = [[1] * len(ids) for ids in data["input_ids"]]
         if assistant_masks:
             data["assistant_masks"] = [[int(on) for on in prompt.supervised] for prompt in prompts]
-        padding = options.get("padding", len(prompts) > 1)
+        padding = options.get("padding", len(prompts) > 1 and options.get("return_tensors") is not None)
         target = limit if padding == "max_length" and limit is not None else longest
         multiple = options.get("pad_to_multiple_of") or 1
         target = -(-target // multiple) * multiple
@@ -427,9 +433,9 @@ def _deal(media: Any, counts: list[int], video: bool = False) -> list[list[Any]]
     depth = _depth(media) - int(video)
     if depth == 2 and len(media) == len(counts):
         for i, (row, count) in enumerate(zip(media, counts, strict=True)):
-            check_image_count(count, len(row), f"Prompt {i}")
-        return [list(row) for row in media]
-    flat = [item for row in media for item in row] if depth == 2 else list(media)
+            check_image_count(count, len(row or ()), f"Prompt {i}")
+        return [list(row or ()) for row in media]
+    flat = [item for row in media for item in row or ()] if depth == 2 else list(media)
     if video and depth == 0 and flat:
         flat = [flat]  # a single video as a plain list of frames
     check_image_count(sum(counts), len(flat), where)

@@ -104,12 +104,26 @@ def _estimate(arguments: Sequence[str]) -> int:
     return estimate_main(arguments)
 
 
+def _pairs(arguments: Sequence[str]) -> int:
+    from .pairs_command import pairs_main
+
+    return pairs_main(arguments)
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    from .eval_command import eval_main
+
+    return eval_main(arguments)
+
+
 # Commands with a parser of their own.
 _DELEGATED: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "validate": (_validate, "look for problems in training data"),
     "preview": (_preview, "show rows of training data as the model will see them"),
     "estimate": (_estimate, "compute the memory that a training run will need on each device"),
     "train": (_train, "train a model as a recipe says"),
+    "eval": (_eval, "ask a model the questions of a file and score its answers"),
+    "pairs": (_pairs, "make preference pairs from a model's own answers"),
     "upload": (_upload, "gather a checkpoint with its code into a folder, or publish it on the Hub"),
     "demo": (_demo, "answer questions about example images with the bundled tiny model"),
 }

@@ -22,7 +22,7 @@ _GIB = 2**30
 _EPILOG = """\
 examples:
   internvl estimate InternVL3-8B --devices 8 --sharding zero2 --memory 80
-  internvl estimate internvl2_5/8b_stage2 --devices 64 --sharding zero1 --memory 80
+  internvl estimate internvl3/8b_mpo --devices 8 --sharding zero3 --memory 80
   internvl estimate internvl3/8b_2nd_lora training.use_llm_lora=64 model.quantization=nf4 --memory 24
   internvl estimate my-model training.freeze_backbone=true --tokens 8192 --tiles 24 --json
 
@@ -110,6 +110,9 @@ def _headline(source: str, result: MemoryEstimate) -> list[str]:
     settings = result.settings
     place = f"each of {settings.devices} devices, {settings.kind}" if settings.devices > 1 else "one device"
     rows = f"{settings.rows} rows of " if settings.rows > 1 else "a pack of " if settings.packing else ""
+    if settings.pairs:
+        number = f"{settings.rows} pairs" if settings.rows > 1 else "a pair"
+        rows = "a pack of pairs of " if settings.packing else f"{number} of answers, each sequence "
     precision = f"mixed precision {settings.mixed_precision or 'off'}"
     checkpointing = f"checkpointing {'on' if settings.gradient_checkpointing else 'off'}"
     return [

@@ -33,6 +33,11 @@ try:
     from internvl_hub.modeling_internvl_chat import InternVLChatModel
     from internvl_hub.training.estimate import estimate
     from internvl_hub.training.memory_settings import RunSettings
+    from internvl_hub.training.preference_arguments import PreferenceArguments
+    from internvl_hub.training.preference_batch import PairBatch
+    from internvl_hub.training.preference_collation import PreferenceCollator
+    from internvl_hub.training.preference_terms import PairTerms
+    from internvl_hub.training.reference import frozen_copy
     from internvl_hub.training.tuning import prepare_for_tuning
 except ImportError:
     sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
@@ -41,6 +46,7 @@ MIB, RANKS, CONTEXT = 2**20, 4, 7
 GOAL = 0.2
 LORA = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True, "use_llm_lora": 8}
 CHECKPOINTING, MIXED, PACK = {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"packing": True}
+PAIRS = {"pairs": True, "reference": "copy"}
 LARGE_VOCABULARY = {"vocab_size": 80_000}  # one chunk of the loss is then 419 rows
 DEFAULTS = {"tokens": 256, "tiles": 4, "dtype": "float32", "mixed_precision": None, "gradient_checkpointing": False}
 # Name -> changes of the configuration, changes of the settings.
@@ -71,6 +77,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "6B encoder's kind, qwen3": ({"llm": "qwen3", "vision": {"norm_type": "rms_norm", "qk_normalization": True}}, {}),
     "experts": ({"llm": "qwen3_moe"}, {"dtype": "bfloat16", **CHECKPOINTING}),
     "select_layer -4": ({"select_layer": -4}, {}),
+    "pairs": ({}, PAIRS),
+    "pairs, checkpointing": ({}, {**PAIRS, **CHECKPOINTING}),
+    "pairs, mixed precision, encoder frozen": ({}, {**PAIRS, **MIXED, **CHECKPOINTING, "freeze_backbone": True}),
+    "pairs, precomputed reference": ({}, {"pairs": True, **CHECKPOINTING}),
+    "two pairs, loss in chunks": (LARGE_VOCABULARY, {**PAIRS, "tokens": 512, "per_device_train_batch_size": 2}),
 }
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "DDP": ("ddp", {}),
@@ -133,6 +144,34 @@ def make_batch(config: InternVLChatConfig, settings: RunSettings) -> dict[str, A
     return batch
 
 
+def make_pairs(config: InternVLChatConfig, settings: RunSettings) -> dict[str, Any]:
+    """Random pairs; the rejected answer is shorter by a token."""
+    visual, pairs = sum(config.tokens_per_tile(settings.tiles)), []
+    for _ in range(settings.rows):
+        ids = torch.randint(10, config.llm_config.vocab_size, (settings.tokens,))
+        ids[:visual] = CONTEXT
+        labels = ids.clone()
+        labels[: settings.tokens - (settings.supervised or settings.tokens - visual)] = -100
+        pairs.append({
+            "chosen_input_ids": ids, "chosen_labels": labels, "rejected_input_ids": ids[:-1],
+            "rejected_labels": labels[:-1],
+            "pixel_values": torch.randn(settings.tiles, 3, config.image_size, config.image_size),
+        })  # fmt: skip
+    batch = PreferenceCollator(0, config.image_size, "token")(pairs)
+    return {name: value for name, value in batch.items() if not name.startswith("num_")}
+
+
+def pairs_loss(model: Any, reference: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """As `MPOTrainer` computes it; a reference of None is one of values from the disk."""
+    pairs = PairBatch.of(batch)
+    values = torch.zeros(2 * pairs.pairs)
+    if reference is not None:
+        with torch.no_grad():
+            values = pairs.score(reference).answers
+    terms = PairTerms.of(pairs, pairs.score(model), values, 0.0, PreferenceArguments())
+    return terms.loss(PreferenceArguments(), pairs.pairs, terms.weight)
+
+
 class Step:
     """A model, its optimiser and a batch; calling it runs forward, backward and update."""
 
@@ -152,7 +191,8 @@ class Step:
             self._shard(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, fused=settings.kind != "fsdp", foreach=False)
-        self.batch = make_batch(config, settings)
+        self.reference = frozen_copy(self.model) if settings.reference == "copy" else None
+        self.batch = make_pairs(config, settings) if settings.pairs else make_batch(config, settings)
         self.tensors = [value for value in self.batch.values() if isinstance(value, torch.Tensor)]
 
     def _shard(self, model: Any) -> None:
@@ -168,7 +208,11 @@ class Step:
     def __call__(self) -> None:
         autocast = torch.autocast("cpu", torch.bfloat16) if self.settings.mixed_precision else contextlib.nullcontext()
         with autocast:
-            loss = self.model(**self.batch, num_items_in_batch=torch.ones(())).loss
+            loss = (
+                pairs_loss(self.model, self.reference, self.batch)
+                if self.settings.pairs
+                else self.model(**self.batch, num_items_in_batch=torch.ones(())).loss
+            )
         loss.backward()
         self.optimizer.step()
 
@@ -176,11 +220,17 @@ class Step:
         """What a trainer does between steps; within an accumulation, gradients stay."""
         self.optimizer.zero_grad(set_to_none=self.settings.gradient_accumulation_steps == 1)
 
+    def copied(self) -> list[torch.Tensor]:
+        """The reference's own tensors."""
+        shared = {id(parameter) for parameter in self.model.parameters()}
+        tensors = () if self.reference is None else (*self.reference.parameters(), *self.reference.buffers())
+        return [tensor for tensor in tensors if id(tensor) not in shared]
+
     def held(self) -> int:
         """Bytes that are there before a step: weights, buffers, states, gradients, batch, buckets."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
         gradients = (parameter.grad for parameter in self.trained if parameter.grad is not None)
-        tensors = (*self.model.parameters(), *self.model.buffers(), *states, *gradients, *self.tensors)
+        tensors = (*self.model.parameters(), *self.model.buffers(), *states, *gradients, *self.tensors, *self.copied())
         local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
         return sum(storages.values()) + self.buckets
@@ -201,7 +251,7 @@ def allocator_peak(step: Step) -> int:
 
 def tracker_peak(step: Step) -> int:
     tracker = Tracker()
-    tracker.track_external(step.model, step.optimizer, *step.tensors)
+    tracker.track_external(step.model, step.optimizer, *step.tensors, *step.copied())
     with tracker:
         step()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]

@@ -108,7 +108,7 @@ def parse_questions(
         raise RecordError(where, f"a row must be a json object, got {type(value).__name__}")
     row = {key: item for key, item in value.items() if item is not None}
     options = _options(row, where)
-    known = {
+    known: dict[str, Any] = {
         "options": options,
         "task": _text_field(row, "task", where),
         "category": _text_field(row, "category", where),
@@ -229,7 +229,8 @@ def _box(row: dict[str, Any], where: str) -> str:
     Intersection over union does not change when an axis is scaled, so that nothing is lost but the rounding to a
     hundredth.
     """
-    box, size = row["bbox"], (row.get("width"), row.get("height"))
+    box: Any = row["bbox"]
+    size: tuple[Any, Any] = (row.get("width"), row.get("height"))
     if not isinstance(box, list) or len(box) != 4 or not all(_is_plain(v) and not isinstance(v, str) for v in box):
         raise RecordError(where, f"'bbox' must be [x1, y1, x2, y2], got {box!r:.60}")
     if size != (None, None):

@@ -77,25 +77,32 @@ class InternVLCollator:
             `num_tiles`, without the black one; and `skipped`, the list of markers, absent without any.
         """
         kept = [row for row in rows if not isinstance(row, Skipped)]
-        batch = self._packed(kept or [self._filler()]) if self.packing else self._padded(kept or [self._filler()])
+        sequences = self._sequences(kept) or [self._filler()]
+        batch = self._packed(sequences) if self.packing else self._padded(sequences)
         batch.update(self._tiles(kept))
         batch.update(self._counts(kept, batch))
         skipped = [row for row in rows if isinstance(row, Skipped)]
         return {**batch, "skipped": skipped} if skipped else batch
+
+    def _sequences(self, rows: list[Row]) -> list[Row]:
+        """What the model reads: here each row, in another collator several sequences a row."""
+        if any("chosen_input_ids" in row for row in rows):
+            raise ValueError("a row is a pair of answers (chosen_input_ids): train on pairs with MPOTrainer")
+        return rows
 
     def _padded(self, rows: list[Row]) -> Batch:
         return {
             "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
             "labels": _pad([row["labels"] for row in rows], IGNORE_INDEX),
             "attention_mask": _pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-            "loss_weight": _pad([self._weights(row["labels"]) for row in rows], 0.0),
+            "loss_weight": _pad([self._weights(row) for row in rows], 0.0),
         }
 
     def _packed(self, rows: list[Row]) -> Batch:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         ends = torch.cumsum(lengths, 0)
         starts = ends - lengths
-        labels, weights = _join([row["labels"] for row in rows]), _join([self._weights(row["labels"]) for row in rows])
+        labels, weights = _join([row["labels"] for row in rows]), _join([self._weights(row) for row in rows])
         # A first token has nothing before it to predict it from; here the row before would have to. In a padded batch
         # the shift drops it, so it counts for the weight of its row in both.
         labels[:, starts], weights[:, starts] = IGNORE_INDEX, 0.0
@@ -113,8 +120,8 @@ class InternVLCollator:
             "use_cache": False,
         }
 
-    def _weights(self, labels: torch.Tensor) -> torch.Tensor:
-        supervised = labels != IGNORE_INDEX
+    def _weights(self, row: Row) -> torch.Tensor:
+        supervised = row["labels"] != IGNORE_INDEX
         return supervised.float() * length_to_weight(int(supervised.sum()), self.loss_reduction)
 
     def _filler(self) -> Row:
@@ -122,14 +129,20 @@ class InternVLCollator:
         return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
 
     def _tiles(self, rows: list[Row]) -> Batch:
+        pixels, count = self._pixels(rows)
+        return {"pixel_values": pixels, "image_flags": torch.full((len(pixels),), 1 if count else 0)}
+
+    def _pixels(self, rows: list[Row]) -> tuple[torch.Tensor, int]:
+        """Tiles of all rows, or a black one, and how many are theirs."""
         tiles = [row["pixel_values"] for row in rows if row["pixel_values"] is not None]
-        pixels = torch.cat(tiles) if tiles else torch.zeros(1, 3, self.image_size, self.image_size)
-        return {"pixel_values": pixels, "image_flags": torch.full((len(pixels),), 1 if tiles else 0)}
+        if not tiles:
+            return torch.zeros(1, 3, self.image_size, self.image_size), 0
+        return torch.cat(tiles), sum(map(len, tiles))
 
     def _counts(self, rows: list[Row], batch: Batch) -> dict[str, int]:
         slots = self.max_packed_tokens if self.packing and self.max_packed_tokens else batch["input_ids"].numel()
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        tiles = int(batch["image_flags"].sum())
+        tokens = sum(len(sequence["input_ids"]) for sequence in self._sequences(rows))
+        tiles = sum(len(row["pixel_values"]) for row in rows if row["pixel_values"] is not None)
         return {"num_samples": len(rows), "num_tokens": tokens, "num_slots": slots, "num_tiles": tiles}
 
 

@@ -53,17 +53,23 @@ class ExactEvaluation(_Base):
         """
         self._eval_sums = [0.0, 0.0, 0.0]
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        sums = torch.tensor(self._eval_sums, device=self.args.device)
-        loss, weight, skipped = self.accelerator.reduce(sums, reduction="sum").tolist()
-        if weight > 0:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
-        if skipped:
-            output.metrics[f"{metric_key_prefix}_skipped"] = round(skipped)
+        found = self._summed_metrics()
         if self.args.eval_generations and isinstance(dataloader.dataset, ConversationDataset):
             limits = self.args.eval_generations, self.args.eval_max_new_tokens
-            marks = evaluate_generation(self, dataloader.dataset, *limits)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in marks.items()})
+            found |= evaluate_generation(self, self._rows_to_answer(dataloader.dataset), *limits)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def _summed_metrics(self) -> dict[str, float]:
+        """Metrics from the sums of all batches and ranks, without their prefix."""
+        sums = torch.tensor(self._eval_sums, device=self.args.device)
+        loss, weight, skipped = self.accelerator.reduce(sums, reduction="sum").tolist()
+        found = {"loss": loss / weight} if weight > 0 else {}
+        return {**found, "skipped": round(skipped)} if skipped else found
+
+    def _rows_to_answer(self, dataset: Any) -> Any:
+        """The rows whose answers are generated: `len`, features by index, and a `tokenizer`."""
+        return dataset
 
     def prediction_step(
         self,

@@ -16,6 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from ..data.dataset import ConversationDataset
 from ..data.lengths import LengthIndex, hash_of, rows_without
+from ..data.preference_dataset import PreferenceDataset
 from ..data.skipped import Skipped
 from .arguments import InternVLTrainingArguments
 from .batching import BatchPlanner
@@ -44,6 +45,28 @@ class RunPlan(NamedTuple):
     entries: dict[str, int]
     left_out: list[LeftOut]
     fingerprint: str
+
+
+def check_kind(name: str, dataset: Any, trainer: str, takes_pairs: bool) -> None:
+    """Refuses pairs where conversations are wanted, and conversations where pairs are.
+
+    Args:
+        name: Of the argument.
+        dataset: What was given: a data set, a dictionary of them, or None; data sets of other classes are not judged.
+        trainer: Name of the trainer.
+        takes_pairs: What it trains on.
+
+    Raises:
+        ValueError: the data set is of the other kind.
+    """
+    for each in dataset.values() if isinstance(dataset, dict) else (dataset,):
+        if not isinstance(each, ConversationDataset) or isinstance(each, PreferenceDataset) == takes_pairs:
+            continue
+        if takes_pairs:
+            wrong = "trains on pairs of answers: give it a PreferenceDataset, or train with InternVLTrainer"
+        else:
+            wrong = "trains on conversations: give it a ConversationDataset, or train with MPOTrainer"
+        raise ValueError(f"{name} is a {type(each).__name__}, but {trainer} {wrong}")
 
 
 def plan_run(dataset: ConversationDataset, args: InternVLTrainingArguments) -> RunPlan:

@@ -47,13 +47,16 @@ def _changes(config: InternVLChatConfig, settings: RunSettings) -> Iterator[tupl
         small |= {"per_device_train_batch_size": 1}
         steps = settings.gradient_accumulation_steps * settings.rows
         changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
-        yield f"one row at a time, {steps} accumulation steps", changes
+        yield f"one {'pair' if settings.pairs else 'row'} at a time, {steps} accumulation steps", changes
+    if settings.reference is not None:
+        yield "precomputed reference values", {"reference": None}
     yield from _sharded(settings)
     if not settings.sharded and settings.optim.startswith("adamw_torch"):
         yield "optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}
     if settings.tiles > 1:
         tiles = settings.tiles // 2
-        tokens = settings.tokens - sum(config.tokens_per_tile(settings.tiles - tiles))
+        dropped = settings.places - replace(settings, tiles=tiles).places
+        tokens = settings.tokens - sum(config.tokens_per_tile(dropped))
         yield f"{tiles} tiles, {tokens} tokens", {"tiles": tiles, "tokens": tokens, "supervised": None}
     frozen = {"freeze_backbone": True, "unfreeze_vit_layers": None, "use_backbone_lora": 0}
     yield "frozen vision encoder", frozen
@@ -73,11 +76,11 @@ def _sharded(settings: RunSettings) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lora(config: InternVLChatConfig, settings: RunSettings) -> dict[str, Any]:
-    """As in the recipes of the second fine-tune."""
+    """As in the recipes of the second fine-tune; adapters switched off are their own reference."""
     text = config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     changes = {
         "freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True, "unfreeze_vit_layers": None,
-        "use_backbone_lora": 0, "use_mlp_lora": 0, "use_llm_lora": settings.use_llm_lora or 16,
+        "use_backbone_lora": 0, "use_mlp_lora": 0, "use_llm_lora": settings.use_llm_lora or 16, "reference": None,
     }  # fmt: skip
     return {**changes, "lora_dropout": 0.0} if experts else changes

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ITEM, _INDEX = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.index.Tensor
+_BOUNDS = (torch.ops.aten.min.default, torch.ops.aten.max.default)
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
@@ -25,7 +26,8 @@ class AssumedData(TorchDispatchMode):
 
     Args:
         rows: Rows that a boolean mask of each shape selects.
-        number: Any integer that is read (here only: how many visual tokens the prompt has).
+        number: Any integer that is read (here only: how many visual tokens the prompt has), but for the smallest or
+            largest of a tensor of integers, which is 0 (an index in range).
     """
 
     def __init__(self, rows: Mapping[tuple[int, ...], int], number: int) -> None:
@@ -34,7 +36,11 @@ class AssumedData(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is _ITEM:
-            return False if args[0].dtype == torch.bool else self.number
+            return False if args[0].dtype == torch.bool else getattr(args[0], "assumed", self.number)
+        if func in _BOUNDS and not args[0].is_floating_point():
+            bound = func(*args, **(kwargs or {}))
+            bound.assumed = 0
+            return bound
         if func is _INDEX and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:
             values, mask = args[0], args[1][0]
             return values.new_empty((self.rows[tuple(mask.shape)], *values.shape[mask.ndim :]))

@@ -101,10 +101,11 @@ def measure_step(config: InternVLChatConfig, settings: RunSettings, cuda: bool =
 
 
 def _check_length(config: InternVLChatConfig, settings: RunSettings) -> None:
-    visual = sum(config.tokens_per_tile(settings.tiles))
+    visual = sum(config.tokens_per_tile(settings.places))
     if visual >= settings.tokens:
         raise ValueError(
-            f"tokens={settings.tokens} cannot hold the {visual} visual tokens of tiles={settings.tiles} and any text: "
+            f"tokens={settings.tokens} cannot hold the {visual} visual tokens of tiles={settings.tiles} and any text"
+            f"{' (in a pack of pairs each tile stands twice)' if settings.places > settings.tiles else ''}: "
             "raise tokens or take fewer tiles"
         )
 

@@ -17,6 +17,7 @@ MIXED = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = (None, "sdpa", "eager", "flash_attention_2")
 SHARDING = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp")
 DEEPSPEED = ("zero1", "zero2", "zero3")
+REFERENCES = (None, "copy", "checkpoint")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 
 
@@ -25,10 +26,15 @@ class RunSettings:
     """What decides the memory of a training run; names as in `InternVLTrainingArguments` and `ModelArguments`.
 
     Args:
-        tokens: Tokens of a row, visual ones included; of the pack with `packing`.
+        tokens: Tokens of a row, visual ones included; of the pack with `packing`; of each answer's sequence with
+            `pairs`.
         tiles: Tiles of a row, or of the pack; 0 for text alone (a dummy tile is encoded then, as in training).
         per_device_train_batch_size: Rows of a micro-batch.
         packing: The row is a pack: under sdpa its attention needs a mask.
+        pairs: Rows are pairs of answers, as `MPOTrainer` trains on: two sequences about the tiles of one row.
+        reference: Of pairs, the model in memory that answers are compared with: `copy`, which shares what is not
+            trained, unless DeepSpeed or FSDP wrap it; `checkpoint`, another one; None where there is none (adapters
+            that are switched off, precomputed values).
         supervised: Tokens of a row that have a label; None for all that are not visual.
         dtype: Of the weights in memory, float32 or bfloat16.
         mixed_precision: `bf16` or `fp16`, as `TrainingArguments.bf16` and `.fp16` switch them on; None for neither.
@@ -51,6 +57,8 @@ class RunSettings:
     tiles: int = 7
     per_device_train_batch_size: int = 1
     packing: bool = False
+    pairs: bool = False
+    reference: str | None = None
     supervised: int | None = None
     dtype: str = "bfloat16"
     mixed_precision: str | None = "bf16"
@@ -75,7 +83,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         choices: dict[str, Iterable[str | None]] = {
             "dtype": DTYPES, "mixed_precision": MIXED, "attn_implementation": ATTENTION, "optim": OPTIMIZERS,
-            "sharding": (None, *SHARDING), "quantization": (None, *QUANTIZATIONS),
+            "sharding": (None, *SHARDING), "quantization": (None, *QUANTIZATIONS), "reference": REFERENCES,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -99,6 +107,13 @@ class RunSettings:
             raise ValueError(
                 f"quantization={self.quantization!r} with sharding={self.sharding!r}: quantized weights are not "
                 "sharded; use ddp, zero1 or zero2"
+            )
+        if self.reference is not None and not self.pairs:
+            raise ValueError(f"reference={self.reference!r} without pairs: nothing is compared with it")
+        if self.reference is not None and self.quantization is not None:
+            raise ValueError(
+                f"reference={self.reference!r} with quantization={self.quantization!r} is not modelled: adapters need "
+                "no reference model, leave it at None"
             )
         if "8bit" in self.optim and self.sharded:
             raise ValueError(f"optim={self.optim!r} with sharding={self.sharding!r} is not modelled: use adamw_torch")
@@ -126,9 +141,19 @@ class RunSettings:
     @property
     def padded(self) -> bool:
         """Whether attention needs a mask beyond the causal one."""
-        return self.packing or self.rows > 1
+        return self.packing or self.sequences > 1
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch."""
+        """Rows of a micro-batch, or pairs."""
         return self.per_device_train_batch_size
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a micro-batch: one pack, or both answers of every pair."""
+        return self.rows * (2 if self.pairs and not self.packing else 1)
+
+    @property
+    def places(self) -> int:
+        """Tiles of a sequence: in a pack of pairs every tile stands twice."""
+        return self.tiles * (2 if self.pairs and self.packing else 1)

@@ -16,6 +16,7 @@ from .memory_model import ADAPTERS, LANGUAGE, PROJECTOR, VISION, ParameterKind, 
 from .memory_settings import DEEPSPEED, DTYPES, RunSettings
 from .recipes import RECIPES
 
+REFERENCE = "reference"
 _STATES_PER_PARAMETER = {"sgd": 0}  # all others: two, Adam's moments
 _FOREACH = ("adamw_torch", "sgd")  # on CUDA their update makes a tensor as large as all weights that it updates
 _SINGLE, _OPTIMIZER_BLOCK = 4, 256
@@ -45,7 +46,28 @@ def weights(step: StepMemory, settings: RunSettings) -> dict[str, int]:
     sizes: Counter[str] = Counter(step.buffers)
     for kind, number in step.parameters.items():
         sizes[kind.part] += -(-number * _stored(kind, settings) // share)
-    return {part: sizes[part] for part in (VISION, PROJECTOR, LANGUAGE, ADAPTERS) if sizes[part]}
+    sizes[REFERENCE] = reference(step, settings)
+    return {part: sizes[part] for part in (VISION, PROJECTOR, LANGUAGE, ADAPTERS, REFERENCE) if sizes[part]}
+
+
+def reference(step: StepMemory, settings: RunSettings) -> int:
+    """Bytes of the reference model's own weights; it has no gradients and no states.
+
+    A copy shares what is not trained with the model. Where DeepSpeed or FSDP wrap it nothing can be shared: ZeRO-3 and
+    FSDP divide it as they do the model, ZeRO-1 and 2 leave it whole (TRL's `prepare_deepspeed` and `prepare_fsdp`).
+    """
+    if settings.reference is None:
+        return 0
+    shared = settings.reference == "copy" and not settings.sharded
+    kinds = (pair for pair in step.parameters.items() if pair[0].part != ADAPTERS)
+    size = sum(number * _frozen(kind, settings) for kind, number in kinds if kind.trained or not shared)
+    share = settings.devices if settings.shards_weights else 1
+    return -(-size // share) + sum(step.buffers.values())
+
+
+def _frozen(kind: ParameterKind, settings: RunSettings) -> int:
+    """Bytes of an element of a model that is only run."""
+    return 2 if settings.kind in DEEPSPEED and settings.mixed_precision is not None else kind.itemsize
 
 
 def gradients(step: StepMemory, settings: RunSettings) -> int:

@@ -72,7 +72,7 @@ def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: An
     """The settings that a recipe's arguments amount to, with its fullest batch.
 
     That is a whole pack, or rows of the most tokens (4096 if the recipe sets no bound), each with one image of the
-    most tiles.
+    most tiles; of pairs, both sequences of the most tokens.
 
     Args:
         recipe: The recipe.
@@ -99,8 +99,21 @@ def settings_of_recipe(recipe: Recipe, config: InternVLChatConfig, **changes: An
         "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else None,
         "attn_implementation": model.attn_implementation,
         "quantization": model.quantization,
+        "pairs": recipe.preference is not None,
+        "reference": _reference(recipe),
     }
     return RunSettings(**{**values, **changes})
+
+
+def _reference(recipe: Recipe) -> str | None:
+    """The reference model that `MPOTrainer` would hold in memory."""
+    training, preference = recipe.training, recipe.preference
+    if preference is None or preference.precompute_reference:
+        return None
+    if preference.reference_path is not None:
+        return "checkpoint"
+    adapters = training.use_backbone_lora or training.use_llm_lora or training.use_mlp_lora
+    return None if adapters else "copy"
 
 
 def _fullest_batch(recipe: Recipe, config: InternVLChatConfig) -> dict[str, int]:

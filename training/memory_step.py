@@ -65,11 +65,19 @@ def trace_step(
     with AssumedData(rows, rows[()]), rules, trace:
         trace.begin(LANGUAGE)
         with _autocast(settings):
-            loss = model(**inputs, num_items_in_batch=torch.ones(())).loss
+            loss = _loss(model, inputs, settings)
         trace.begin(TEMPORARY)
         # Given a tensor, backward would leave the rules behind, which what is computed again must follow too.
         torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
     return trace.finish()
+
+
+def _loss(model: InternVLChatModel, inputs: dict[str, Any], settings: RunSettings) -> torch.Tensor:
+    """Of pairs, a sum of what `MPOTrainer` makes its loss of: nothing in it is larger than a number for a label."""
+    if not settings.pairs:
+        return model(**inputs, num_items_in_batch=torch.ones(())).loss
+    read = {name: value for name, value in inputs.items() if name != "loss_weight"}
+    return model(**read, output_log_probs=True).log_probs.sum()
 
 
 def _mark_segments(model: InternVLChatModel, trace: MemoryTrace, stacks: dict[str, list[int]]) -> None:
@@ -116,13 +124,16 @@ def _batch(
     config: InternVLChatConfig, settings: RunSettings
 ) -> tuple[dict[str, torch.Tensor], dict[tuple[int, ...], int]]:
     """Inputs as the collator makes them, and what `AssumedData` needs to know of them."""
-    rows, length, tiles = settings.rows, settings.tokens, settings.rows * settings.tiles
-    encoded, visual = max(tiles, 1), sum(config.tokens_per_tile(settings.tiles))
+    rows, length, tiles = settings.sequences, settings.tokens, settings.rows * settings.tiles
+    encoded, visual = max(tiles, 1), sum(config.tokens_per_tile(settings.places))
     names = ("input_ids", "labels", "position_ids" if settings.packing else "attention_mask")
     batch = {name: torch.empty(rows, length, dtype=torch.long) for name in names}
     batch["loss_weight"] = torch.empty(rows, length)
     batch["pixel_values"] = torch.empty(encoded, 3, config.image_size, config.image_size)
-    batch["image_flags"] = torch.empty(encoded, dtype=torch.long)
+    if settings.pairs:
+        batch["tile_index"] = torch.empty(2 * tiles, dtype=torch.long)
+    else:
+        batch["image_flags"] = torch.empty(encoded, dtype=torch.long)
     labels = min(settings.supervised or length, length - max(visual, 1))
     selected = {(rows, length - 1): rows * labels, (encoded,): tiles, (): rows * visual}
     return batch, selected

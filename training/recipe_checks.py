@@ -32,10 +32,13 @@ def check_ready(recipe: Recipe) -> None:
         for path in value if isinstance(value, list) else [value]:
             if path is not None and not Path(path).exists():
                 raise RecipeError(f"{name}: data.{key}: {path} does not exist")
-    for key in ("model_name_or_path", "vision_path", "llm_path", "mlp_path", "tokenizer_path"):
-        path = getattr(recipe.model, key)
+    keys = ("model_name_or_path", "vision_path", "llm_path", "mlp_path", "tokenizer_path")
+    paths = {f"model.{key}": getattr(recipe.model, key) for key in keys}
+    if recipe.preference is not None:
+        paths["preference.reference_path"] = recipe.preference.reference_path
+    for key, path in paths.items():
         if path is not None and not Path(path).exists() and not _HUB_ID.fullmatch(path):
-            raise RecipeError(f"{name}: model.{key}: {path} does not exist{_how_to_get(path, key)}")
+            raise RecipeError(f"{name}: {key}: {path} does not exist{_how_to_get(path, key)}")
     if recipe.training.use_cpu and "use_cpu" not in recipe.settings["training"]:
         raise RecipeError(
             f"{name} trains in 16 bits, but no accelerator was found; add training.use_cpu=true to train on the CPU"
@@ -46,5 +49,5 @@ def _how_to_get(path: str, key: str) -> str:
     """For a missing input of a stage: the stage whose output it is."""
     stage = path.removeprefix("runs/")
     if stage != path and stage in list_recipes():
-        return f"; run the stage before this one (internvl train {stage} ...), or set model.{key}=PATH"
-    return f"; the recipe's header says where it comes from, or set model.{key}=PATH"
+        return f"; run the stage before this one (internvl train {stage} ...), or set {key}=PATH"
+    return f"; the recipe's header says where it comes from, or set {key}=PATH"

@@ -1,4 +1,4 @@
-"""Keys and values of recipes: the fields of the three classes of `arguments.py`, each value as its field's type.
+"""Keys and values of recipes: the fields of the classes behind the sections, each value as its field's type.
 
 Whether values make sense together is for those classes to say, when they are made.
 """
@@ -15,8 +15,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers.hf_argparser import string_to_bool
 
 from .arguments import DataArguments, InternVLTrainingArguments, ModelArguments
+from .preference_arguments import PreferenceArguments
 
-SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": InternVLTrainingArguments}
+PREFERENCE = "preference"
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "training": InternVLTrainingArguments,
+    PREFERENCE: PreferenceArguments,
+}
+OPTIONAL = (PREFERENCE,)  # there or not, which decides what is done: an empty one is there, null takes it away
 BATCH = "global_batch_size"
 _CONVERSIONS = (ValueError, TypeError, OverflowError)
 # The same argument under the names of transformers up to 5.2x and of later versions, which warn about the old one.
@@ -44,6 +52,8 @@ def checked_settings(content: Settings, where: str) -> Settings:
             settings[key] = _positive(value, where)
         elif key not in SECTIONS:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest_names(key, ['extends', BATCH, *SECTIONS])}")
+        elif value is None and key in OPTIONAL:
+            settings[key] = None
         elif value is not None and not isinstance(value, dict):
             raise RecipeError(f"{where}: {key} must be a mapping of fields, got {value!r}")
         else:

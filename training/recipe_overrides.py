@@ -9,6 +9,7 @@ from typing import get_args, get_origin
 
 from .recipe_fields import (
     BATCH,
+    OPTIONAL,
     SECTIONS,
     RecipeError,
     Settings,
@@ -42,14 +43,14 @@ def parse_override(override: str) -> Settings:
 def _path(key: str, override: str) -> list[str]:
     """Section and field of an override's key, which may leave out the section."""
     path = key.split(".")
-    if path == [BATCH] or (path[0] in SECTIONS and len(path) > 1):
+    if path == [BATCH] or (path[0] in SECTIONS and (len(path) > 1 or path[0] in OPTIONAL)):
         return path
     owners = [section for section in SECTIONS if current_name(section, path[0]) in field_types(section)]
     if len(owners) == 1:
         return [owners[0], *path]
     if owners:
         raise RecipeError(f"override {override!r}: {path[0]} is a field of {' and '.join(owners)}; name the section")
-    known = [BATCH, *(name for section in SECTIONS for name in field_types(section))]
+    known = [BATCH, *SECTIONS, *(name for section in SECTIONS for name in field_types(section))]
     raise RecipeError(f"override {override!r}: unknown key {key!r}; {nearest_names(path[0], known)}")
 
 

@@ -1,8 +1,9 @@
 """Recipes: the settings of a training run as a YAML file, and the bundled files of the published stages.
 
-A file has up to five keys: `extends` (files merged below it), `model`, `data`, `training` (fields of the three classes
-of `arguments.py`) and `global_batch_size`, which becomes `gradient_accumulation_steps` once the number of processes is
-known. Nothing is loaded, downloaded or trained here, and data is never part of a bundled recipe.
+A file has up to six keys: `extends` (files merged below it), `model`, `data`, `training` (fields of the three classes
+of `arguments.py`), `preference` (of `preference_arguments.py`; a recipe with this section trains on pairs of answers)
+and `global_batch_size`, which becomes `gradient_accumulation_steps` once the number of processes is known. Nothing is
+loaded, downloaded or trained here, and data is never part of a bundled recipe.
 
 Paths in `extends` are relative to the file that has them; all others are relative to the working directory, as in
 scripts. Keys and values are checked by `recipe_fields`, overrides read by `recipe_overrides`, YAML by `recipe_yaml`.
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 from .arguments import DataArguments, InternVLTrainingArguments, ModelArguments
-from .recipe_fields import BATCH, SECTIONS, RecipeError, Settings, checked_settings, field_defaults
+from .preference_arguments import PreferenceArguments
+from .recipe_fields import BATCH, OPTIONAL, SECTIONS, RecipeError, Settings, checked_settings, field_defaults
 from .recipe_overrides import parse_override
 from .recipe_yaml import dump_yaml, parse_yaml
 
@@ -38,6 +40,8 @@ class Recipe:
         model, data, training: The arguments.
         settings: What the arguments were made from, per section, and `global_batch_size`; see `dump_recipe`.
         source: Text of the file.
+        preference: The arguments of preference optimisation; None where neither a file nor an override has the
+            section.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Recipe:
     training: InternVLTrainingArguments
     settings: Settings
     source: str
+    preference: PreferenceArguments | None = None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
@@ -59,6 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
         path: A file, or the name of a bundled recipe such as `internvl2_5/8b_stage2`.
         overrides: `section.field=value`; the value is YAML. `field=value` does if one section has such a field, and
             `model.config.llm_config.hidden_size=64` reaches into a dictionary. Dictionaries merge, all else replaces.
+            `preference={}` adds that section with its defaults, `preference=null` takes it away.
         world_size: Number of processes that share a global batch; None for `WORLD_SIZE` of the environment, else 1.
 
     Raises:
@@ -69,7 +75,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     for override in overrides:
         settings = _merged(settings, parse_override(override))
     settings.setdefault("training", {}).setdefault("output_dir", f"runs/{name}")
-    values = {section: copy.deepcopy(settings.get(section, {})) for section in SECTIONS}
+    values: dict[str, Any] = {
+        key: copy.deepcopy(settings.get(key, None if key in OPTIONAL else {})) for key in SECTIONS
+    }
     steps = _accumulation_steps(settings, os.environ.get("WORLD_SIZE", 1) if world_size is None else world_size, name)
     if steps is not None:
         values["training"]["gradient_accumulation_steps"] = steps
@@ -77,10 +85,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     if (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available():
         training.setdefault("use_cpu", True)
     try:
-        model, data, training = (cls(**values[section]) for section, cls in SECTIONS.items())
+        made = {key: cls(**values[key]) for key, cls in SECTIONS.items() if values[key] is not None}
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from error
-    return Recipe(name, model, data, training, settings, file.read_text(encoding="utf-8"))
+    return Recipe(name=name, settings=settings, source=file.read_text(encoding="utf-8"), **made)
 
 
 def list_recipes() -> list[str]:
@@ -167,9 +175,10 @@ def dump_recipe(recipe: Recipe) -> str:
     if recipe.settings.get(BATCH) is not None:
         content[BATCH] = recipe.settings[BATCH]
     for section in SECTIONS:
-        defaults, values = field_defaults(section), recipe.settings.get(section, {})
-        changed = {key: value for key, value in values.items() if value != defaults[key]}
-        content |= {section: changed} if changed else {}
+        defaults, values = field_defaults(section), recipe.settings.get(section)
+        changed = {key: value for key, value in (values or {}).items() if value != defaults[key]}
+        there = section in OPTIONAL and values is not None
+        content |= {section: changed} if changed or there else {}
     steps = recipe.training.gradient_accumulation_steps
     header = f"# Settings of {recipe.name}, resolved; gradient_accumulation_steps was {steps}.\n"
     return header + dump_yaml(content)

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .preference_report import is_preference_measure, preference_rows, write_preference_curves
+
 History = Sequence[Mapping[str, Any]]
 
 _PACKAGES = ("internvl-hub", "torch", "transformers", "accelerate", "peft")
@@ -128,14 +130,29 @@ def _evaluations(history: History) -> str:
     return "\n## Evaluation\n\n" + table(["step", *(key.removeprefix("eval_") for key in keys)], rows) + "\n"
 
 
+def _preferences(folder: Path, trainer: Any) -> str:
+    """The section of a run on pairs of answers, with its picture; empty for other runs."""
+    if getattr(trainer, "preference", None) is None:
+        return ""
+    curves = ""
+    try:
+        write_preference_curves(folder / "preference_curves.png", trainer.state.log_history)
+        curves = "\n![Preferences](preference_curves.png)\n"
+    except ImportError:
+        pass
+    return f"\n## Preferences\n\n{table(['', 'value'], preference_rows(trainer))}\n{curves}"
+
+
 def write_report(
     folder: Path, trainer: Any, settings: str, trainable: Sequence[tuple[str, int, int]], title: str = "Training run"
 ) -> Path:
     """Writes `report.md` and, where matplotlib is installed, `loss_curve.png` to `folder`.
 
+    Of a run on pairs of answers also their settings, and `preference_curves.png`.
+
     Args:
         folder: Of the run.
-        trainer: The `InternVLTrainer` after `train()`.
+        trainer: The `InternVLTrainer` or `MPOTrainer` after `train()`.
         settings: The recipe, resolved, as YAML.
         trainable: (module, trained parameters, parameters), as `parameters.trainable_summary` gives.
         title: Headline.
@@ -147,7 +164,8 @@ def write_report(
     history, accounts = trainer.state.log_history, trainer.accounts
     curve = ""
     try:
-        drawn = (key for key in _measures(history) if not key.endswith(_COUNTS))
+        measured = (key for key in _measures(history) if not is_preference_measure(key))
+        drawn = (key for key in measured if not key.endswith(_COUNTS))
         write_curve(folder / "loss_curve.png", history, {key: key.removeprefix("eval_") for key in drawn})
         curve = "![Loss](loss_curve.png)\n"
     except ImportError:
@@ -158,7 +176,7 @@ def write_report(
         f"# {title}\n\n{_versions()}\n\n{table(['', 'value'], _results(trainer))}\n\n{curve}"
         f"\n## Data\n\n{table(['data set', 'entries of an epoch', 'left out'], sources)}\n"
         f"\n## Parameters\n\n{table(['module', 'trained', 'all'], trainable)}\n"
-        f"{_evaluations(history)}\n## Settings\n\n```yaml\n{settings.strip()}\n```\n"
+        f"{_preferences(folder, trainer)}{_evaluations(history)}\n## Settings\n\n```yaml\n{settings.strip()}\n```\n"
     )
     path = folder / "report.md"
     path.write_text(text, encoding="utf-8")

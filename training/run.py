@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -18,10 +19,15 @@ from transformers import enable_full_determinism, set_seed
 from ..data.dataset import ConversationDataset
 from ..data.media import RowSettings
 from ..data.mixture import Mixture
+from ..data.pairs import parse_pair
+from ..data.preference_dataset import PreferenceDataset
+from ..data.records import parse_record
 from ..data.sources import load_sources
 from .building import Built, build
 from .checkpoints import find_last_checkpoint
+from .mpo import MPOTrainer
 from .parameters import trainable_summary
+from .preference_report import describe_reference
 from .recipe_checks import check_ready
 from .recipe_fields import RecipeError
 from .recipes import Recipe, dump_recipe
@@ -76,7 +82,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 
 def prepare(recipe: Recipe, resume: bool = False) -> InternVLTrainer:
-    """Everything that `recipe` describes, ready to train; arguments and errors as of `train`."""
+    """Everything that `recipe` describes, ready to train; arguments and errors as of `train`.
+
+    A recipe with a section `preference` reads pairs of answers and gets an `MPOTrainer`.
+    """
     check_ready(recipe)
     args = recipe.training
     _check_output(Path(args.output_dir), resume)
@@ -85,14 +94,15 @@ def prepare(recipe: Recipe, resume: bool = False) -> InternVLTrainer:
     if args.use_backbone_lora or args.use_llm_lora or args.use_mlp_lora:
         with args.main_process_first(local=False, desc="saving the base model"):
             _keep_base(built, recipe)
-    return InternVLTrainer(
-        built.model,
-        args,
-        train_dataset=make_dataset(recipe, built),
-        eval_dataset=make_dataset(recipe, built, evaluation=True),
-        processing_class=built.processor,
-        max_skip_share=recipe.data.max_skip_share,
-    )
+    options: dict[str, Any] = {
+        "train_dataset": make_dataset(recipe, built),
+        "eval_dataset": make_dataset(recipe, built, evaluation=True),
+        "processing_class": built.processor,
+        "max_skip_share": recipe.data.max_skip_share,
+    }
+    if recipe.preference is not None:
+        return MPOTrainer(built.model, args, recipe.preference, **options)
+    return InternVLTrainer(built.model, args, **options)
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -116,7 +126,10 @@ def _keep_base(built: Built, recipe: Recipe) -> None:
 
 
 def make_dataset(recipe: Recipe, built: Built, evaluation: bool = False) -> ConversationDataset | None:
-    """The training or evaluation data of a recipe, None if it names none; measured where the plan needs lengths."""
+    """The training or evaluation data of a recipe, None if it names none; measured where the plan needs lengths.
+
+    Pairs of answers where the recipe has preferences, else conversations.
+    """
     data, args = recipe.data, recipe.training
     sources = load_sources(data, evaluation)
     if not sources:
@@ -125,8 +138,9 @@ def make_dataset(recipe: Recipe, built: Built, evaluation: bool = False) -> Conv
     if evaluation:  # nothing random
         sampling = "middle" if data.frame_sampling == "rand" else data.frame_sampling
         settings = replace(settings, data_augment=False, frame_sampling=sampling)
-    dataset = ConversationDataset(
-        Mixture(sources),
+    pairs = recipe.preference is not None
+    dataset = (PreferenceDataset if pairs else ConversationDataset)(
+        Mixture(sources, parse=parse_pair if pairs else parse_record),
         built.tokenizer,
         built.processor.image_processor,
         built.model.config,
@@ -151,7 +165,9 @@ def describe(trainer: InternVLTrainer) -> str:
     lines = [f"{row.module:<15}{row.trainable:>16,} of {row.total:>16,} parameters are trained" for row in rows]
     entries = sum(trainer.accounts.entries.values())
     left_out = sum(trainer.accounts.left_out.values())
-    lines.append(f"{entries:,} entries an epoch, {left_out:,} of them left out")
+    kind = "pairs of answers" if isinstance(trainer, MPOTrainer) else "entries"
+    lines.append(f"{entries:,} {kind} an epoch, {left_out:,} of them left out")
+    lines += [f"compared with {describe_reference(trainer)}"] if isinstance(trainer, MPOTrainer) else []
     if trainer.plan is not None:
         planner = trainer.plan.sampler.planner
         steps = len(planner) // (args.world_size * args.gradient_accumulation_steps)

@@ -22,7 +22,7 @@ from .checkpoints import WholeCheckpoints, find_last_checkpoint
 from .collation import InternVLCollator
 from .evaluation import Batch, ExactEvaluation, label_weight
 from .interrupts import SaveOnSignal
-from .loading import RunPlan, make_loader, plan_run
+from .loading import RunPlan, check_kind, make_loader, plan_run
 from .packed_attention import attention_by_row
 from .parameters import parameter_groups
 from .progress import RunProgress
@@ -53,10 +53,12 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: several GPUs in one process, or everything is frozen.
+        ValueError: several GPUs in one process, everything is frozen, or the data set is one of pairs.
     """
 
     args: InternVLTrainingArguments
+    collator_class: type[InternVLCollator] = InternVLCollator
+    takes_pairs = False
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError("one process drives several GPUs; start one per GPU: torchrun --nproc-per-node N ...")
+        for name in ("train_dataset", "eval_dataset"):
+            check_kind(name, kwargs.get(name), type(self).__name__, self.takes_pairs)
         if not hasattr(model, "peft_config"):
             model = prepare_for_tuning(model, args)
         if args.use_liger_kernel:
@@ -79,8 +83,8 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
         if data_collator is None and processing_class is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             basics = tokenizer.pad_token_id, model.config.image_size, args.loss_reduction
-            eval_collator = InternVLCollator(*basics)
-            data_collator = InternVLCollator(
+            eval_collator = self.collator_class(*basics)
+            data_collator = self.collator_class(
                 *basics, packing=args.packing, max_packed_tokens=args.max_packed_tokens if args.packing else None
             )
         super().__init__(model, args, data_collator, processing_class=processing_class, **kwargs)
@@ -135,9 +139,13 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
         with ExitStack() as stack:
             stack.callback(self._signals.restore)
-            if self.args.packing:
-                stack.enter_context(attention_by_row(_base(self.model).language_model))
+            for language_model in self._read_packs() if self.args.packing else ():
+                stack.enter_context(attention_by_row(language_model))
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _read_packs(self) -> list[Any]:
+        """The language models that training runs packs through."""
+        return [_base(self.model).language_model]
 
     @property
     def interrupted(self) -> bool:
@@ -183,9 +191,11 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
         labelled = bool(batches) and batches[0].get("labels") is not None
         weight = sum(float(label_weight(batch)) for batch in batches) if labelled else 0.0
         own = torch.tensor([weight, self._signals.requested], dtype=torch.float64)
-        vector = self._sum_over_ranks(torch.cat([own, self.accounts.take(batches)]), device)
+        further = self._step_sums(batches)
+        vector = self._sum_over_ranks(torch.cat([own, further, self.accounts.take(batches)]), device)
         self._signals.agreed = bool(vector[1] > 0)
-        self.accounts.add(vector[2:])
+        self._begin_step(batches, vector[2 : 2 + len(further)])
+        self.accounts.add(vector[2 + len(further) :])
         if not labelled:
             return batches, None
         if not vector[0] > 0:
@@ -194,6 +204,13 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
                 "label is -100. Check that the template matches the tokenizer and that answers are not empty."
             )
         return batches, vector[0].to(torch.float32).to(device)
+
+    def _step_sums(self, batches: list[Batch]) -> torch.Tensor:
+        """Further sums over the micro-batches of a step, float64 (n,), to be added up over ranks."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def _begin_step(self, batches: list[Batch], sums: torch.Tensor) -> None:
+        """Takes the micro-batches of a step and what `_step_sums` gave, over all ranks."""
 
     def _sum_over_ranks(self, vector: torch.Tensor, device: torch.device) -> torch.Tensor:
         if self.args.world_size == 1:
@@ -204,9 +221,9 @@ class InternVLTrainer(ExactEvaluation, WholeCheckpoints, Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """As the parent's; DeepSpeed and FSDP cast every floating tensor to bfloat16, but not a list."""
-        weights = inputs.get("loss_weight")
-        if self._casts_inputs() and isinstance(weights, torch.Tensor):
-            inputs = {**inputs, "loss_weight": weights.tolist()}
+        for name in ("loss_weight", "reference_log_probs"):
+            if self._casts_inputs() and isinstance(inputs.get(name), torch.Tensor):
+                inputs = {**inputs, name: inputs[name].tolist()}
         return super()._prepare_inputs(inputs)
 
     def compute_loss(

@@ -21,7 +21,12 @@ from internvl_hub.training.estimate import estimate
 from internvl_hub.training.memory_advice import suggestions
 from internvl_hub.training.memory_model import measure_step
 from internvl_hub.training.memory_settings import RunSettings
+from internvl_hub.training.preference_arguments import PreferenceArguments
+from internvl_hub.training.preference_batch import PairBatch
+from internvl_hub.training.preference_collation import PreferenceCollator
+from internvl_hub.training.preference_terms import PairTerms
 from internvl_hub.training.recipes import RECIPES
+from internvl_hub.training.reference import frozen_copy
 from internvl_hub.training.tuning import prepare_for_tuning
 
 VOCABULARY, CONTEXT = 3000, 7
@@ -89,22 +94,67 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks and trained)
 
 
+def real_pairs(config: InternVLChatConfig, chosen: RunSettings) -> dict[str, Any]:
+    """Pairs as `PreferenceCollator` makes them; the rejected answer is one token shorter, so that there is padding."""
+    visual, count = sum(config.tokens_per_tile(chosen.tiles)), chosen.supervised
+    pairs = []
+    for _ in range(chosen.rows):
+        ids = torch.randint(10, VOCABULARY, (chosen.tokens,))
+        ids[:visual] = CONTEXT
+        labels = ids.clone()
+        labels[: chosen.tokens - (count or chosen.tokens - max(visual, 1))] = -100
+        pixels = torch.randn(chosen.tiles, 3, config.image_size, config.image_size) if chosen.tiles else None
+        pairs.append({
+            "chosen_input_ids": ids, "chosen_labels": labels, "rejected_input_ids": ids[:-1],
+            "rejected_labels": labels[:-1], "pixel_values": pixels,
+        })  # fmt: skip
+    batch = PreferenceCollator(0, config.image_size, "token")(pairs)
+    return {name: value for name, value in batch.items() if not name.startswith("num_")}
+
+
+def pairs_loss(tuned: torch.nn.Module, reference: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """As `MPOTrainer` computes it, without a trainer; a reference of None is one of values from the disk."""
+    pairs = PairBatch.of(batch)
+    values = torch.zeros(2 * pairs.pairs)
+    if reference is not None:
+        with torch.no_grad():
+            values = pairs.score(reference).answers
+    terms = PairTerms.of(pairs, pairs.score(tuned), values, 0.0, PreferenceArguments())
+    return terms.loss(PreferenceArguments(), pairs.pairs, terms.weight)
+
+
+def make_reference(chosen: RunSettings, tuned: torch.nn.Module, config: InternVLChatConfig) -> Any:
+    if chosen.reference == "checkpoint":
+        other = InternVLChatModel._from_config(config, dtype=getattr(torch, chosen.dtype))
+        return other.eval().requires_grad_(False)
+    return frozen_copy(tuned) if chosen.reference == "copy" else None
+
+
 def tracked_peak(chosen: RunSettings, config: InternVLChatConfig) -> int:
     """Highest point of a real second step on the CPU, as PyTorch's own tracker sees it."""
     tuned = real_model(chosen, config)
+    reference = make_reference(chosen, tuned, config)
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=chosen.gradient_accumulation_steps == 1)
-    batch = real_batch(config, chosen)
+    batch = real_pairs(config, chosen) if chosen.pairs else real_batch(config, chosen)
     autocast = torch.autocast("cpu", torch.bfloat16) if chosen.mixed_precision else contextlib.nullcontext()
     tracker = Tracker()
     tracker.track_external(tuned, optimizer, *(value for value in batch.values() if isinstance(value, torch.Tensor)))
+    if reference is not None:
+        own = {id(parameter) for parameter in tuned.parameters()}
+        copied = [parameter for parameter in reference.parameters() if id(parameter) not in own]
+        tracker.track_external(*copied, *reference.buffers())
     with tracker:
         with autocast:
-            loss = tuned(**batch, num_items_in_batch=torch.ones(())).loss
+            loss = (
+                pairs_loss(tuned, reference, batch)
+                if chosen.pairs
+                else tuned(**batch, num_items_in_batch=torch.ones(())).loss
+            )
         loss.backward()
         optimizer.step()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
@@ -140,6 +190,42 @@ def test_is_what_a_real_step_takes_where_the_loss_is_in_chunks(
     config, chosen = small_config(), settings(supervised=supervised, gradient_checkpointing=True, freeze_backbone=True)
     measured = tracked_peak(chosen, config)
     assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.02)
+
+
+PAIRS = {
+    "copy": {"reference": "copy"},
+    "copy of what is trained": {"reference": "copy", "freeze_backbone": True, "gradient_checkpointing": True},
+    "another checkpoint, two pairs": {"reference": "checkpoint", "freeze_llm": True, "per_device_train_batch_size": 2},
+    "mixed precision": {"reference": "copy", "mixed_precision": "bf16", "gradient_checkpointing": True},
+    "precomputed": {"reference": None, "dtype": "bfloat16", "supervised": 20},
+    "text alone": {"reference": "copy", "tiles": 0},
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_is_what_a_real_step_on_pairs_takes(case: str) -> None:
+    config, chosen = small_config(), settings(pairs=True, **PAIRS[case])
+    measured = tracked_peak(chosen, config)
+    assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.03)
+
+
+def test_a_reference_is_what_the_model_cannot_share() -> None:
+    def reference(**changes: Any) -> int:
+        chosen = {"pairs": True, "reference": "copy", "mixed_precision": "bf16", **changes}
+        return estimate(small_config(), settings(**chosen)).weights.get("reference", 0)
+
+    model = real_model(settings())
+    every, buffers = size(model.parameters()), size(model.buffers())
+    trained = every - size(model.vision_model.parameters())
+    assert reference() == every + buffers
+    assert reference(freeze_backbone=True) == trained + buffers
+    assert reference(freeze_backbone=True, reference="checkpoint") == every + buffers
+    assert reference(reference=None) == 0
+    shared = {"freeze_backbone": True, "devices": 4}
+    assert reference(**shared, sharding="ddp") == trained + buffers
+    assert reference(**shared, sharding="zero2") == every // 2 + buffers  # 16 bits, nothing shared
+    assert reference(**shared, sharding="zero3") == pytest.approx(every / 8 + buffers, abs=8)
+    assert reference(**shared, sharding="fsdp") == pytest.approx(every / 4 + buffers, abs=8)
 
 
 @needs_peft
@@ -329,6 +415,10 @@ def peak(**changes: Any) -> int:
         ({"packing": True, "attn_implementation": "flash_attention_2"}, {"packing": True}),
         ({"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
         ({"supervised": 8}, {}),
+        ({}, {"pairs": True}),
+        ({"pairs": True, "tiles": 3}, {"per_device_train_batch_size": 2, "tiles": 3}),  # tiles once
+        ({"pairs": True}, {"pairs": True, "reference": "copy"}),
+        ({"pairs": True, "packing": True, "tiles": 1}, {"pairs": True, "packing": True, "tiles": 2}),
     ],
     ids=str,
 )
@@ -375,6 +465,10 @@ def test_leaves_the_configuration_alone() -> None:
         ({"packing": True, "per_device_train_batch_size": 2}, "per_device_train_batch_size at 1"),
         ({"quantization": "nf4", "sharding": "zero3"}, "not sharded"),
         ({"quantization": "nf4"}, "cannot be trained itself"),
+        ({"reference": "copy"}, "without pairs"),
+        ({"reference": "other", "pairs": True}, "reference must be one of None, copy, checkpoint"),
+        ({"reference": "copy", "pairs": True, **LORA, "quantization": "nf4"}, "adapters need no reference"),
+        ({"pairs": True, "packing": True, "tiles": 4}, "in a pack of pairs each tile stands twice"),
         ({"optim": "adamw_8bit", "sharding": "zero2"}, "not modelled"),
         ({"supervised": 96}, "supervised must be 1 to tokens - 1 = 95"),
         ({"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True}, "no parameter to train"),

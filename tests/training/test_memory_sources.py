@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from internvl_hub.app.cli import main
 from internvl_hub.conversion import families
 from internvl_hub.training.memory_settings import RunSettings
 from internvl_hub.training.memory_sources import find_config, resolve
@@ -26,6 +27,40 @@ def test_a_recipe_of_rows_has_its_largest_image() -> None:
     _, lora = resolve("internvl2_5/1b_2nd_lora", tokens=4096)
     assert (lora.tokens, lora.tiles, lora.rows, lora.use_llm_lora) == (4096, 7, 4, 16)  # six tiles and a thumbnail
     assert lora.freeze_backbone and lora.freeze_llm and lora.freeze_mlp
+
+
+def test_a_recipe_of_pairs_has_two_sequences_and_a_reference() -> None:
+    config, pairs = resolve("internvl3/8b_mpo", devices=8, sharding="zero3")
+    assert (pairs.pairs, pairs.reference, pairs.tokens, pairs.tiles) == (True, "copy", 12288, 13)
+    assert config.max_dynamic_patch == 12 and pairs.gradient_accumulation_steps == 32
+    assert (resolve("internvl3/8b_2nd_full")[1].pairs, resolve("internvl3/8b_2nd_full")[1].reference) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "reference"),
+    [
+        ("internvl3/1b_mpo", "precompute_reference=true", None),
+        ("internvl3/1b_mpo", "reference_path=a/b", "checkpoint"),
+        ("internvl3/1b_2nd_lora", "preference={}", None),  # the model below the adapters
+        ("internvl3/1b_2nd_full", "preference={}", "copy"),
+        ("internvl3/1b_2nd_lora", "preference.reference_path=a/b", "checkpoint"),
+    ],
+)
+def test_the_reference_is_the_one_that_training_would_hold(recipe: str, override: str, reference: str | None) -> None:
+    settings = resolve(recipe, [override])[1]
+    assert settings.pairs and settings.reference == reference
+
+
+def test_the_command_says_what_a_pair_takes(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    assert main(["estimate", "tiny/mpo"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 pairs of answers, each sequence 512 tokens" in shown and "weights, reference" in shown
+    assert main(["estimate", "tiny/mpo", "per_device_train_batch_size=1", "precompute_reference=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "a pair of answers, each sequence 512 tokens" in shown and "weights, reference" not in shown
 
 
 def test_overrides_reach_the_settings_and_the_configuration() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from internvl_hub.conversion.families import find
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.training.arguments import DataArguments, InternVLTrainingArguments, ModelArguments
+from internvl_hub.training.preference_arguments import PreferenceArguments
 from internvl_hub.training.recipe_checks import check_ready
 from internvl_hub.training.recipe_fields import SECTIONS, RecipeError
 from internvl_hub.training.recipes import RECIPES, Recipe, dump_recipe, list_recipes, load_recipe
@@ -52,6 +53,7 @@ internvl2   2nd_full     mlp+llm       128  1b 4e-5 .1 .01, 2b 4e-5 .1 .01, 4b 4
 internvl2   2nd_full     mlp+llm       128  26b 2e-5 .4 .05, 40b 2e-5 .4 .05, 76b 2e-5 .4 .05
 internvl2   2nd_lora     lora16         16  1b 4e-5 0 .01, 2b 4e-5 0 .01, 4b 4e-5 0 .05, 8b 4e-5 0 .05
 internvl2   2nd_lora     lora16         16  26b 2e-5 0 .05, 40b 2e-5 0 .05, 76b 2e-5 0 .05
+internvl2   mpo          all           256  8b 5e-6 .1 .05
 internvl2   xtuner_full  mlp+llm       128  2b 1e-6 0 .05, 4b 1e-6 0 .05, 8b 1e-6 0 .05
 internvl2   xtuner_full  mlp+llm        64  26b 1e-6 0 .05
 internvl2   xtuner_lora  mlp+lora128   128  2b 1e-6 0 .05, 4b 1e-6 0 .05, 8b 1e-6 0 .05
@@ -68,6 +70,9 @@ internvl2_5 2nd_full     mlp+llm       128  26b 2e-5 .4 .05, 38b 2e-5 .4 .05, 78
 internvl2_5 2nd_lora     lora16         16  1b 4e-5 0 .01, 2b 4e-5 0 .01, 4b 4e-5 0 .01, 8b 4e-5 0 .05
 internvl2_5 2nd_lora     lora16         16  26b 2e-5 0 .05, 38b 2e-5 0 .05, 78b 2e-5 0 .05
 internvl2_5 2nd_lora_coco lora128      512  2b 4e-5 0 .01
+internvl2_5 mpo          all           256  1b 1e-6 .1 .05, 2b 1e-6 .1 .05, 4b 1e-6 .1 .05, 8b 1e-6 .1 .05
+internvl2_5 mpo          all           256  26b 1e-6 .4 .05
+internvl2_5 mpo          all           512  38b 1e-6 .4 .05, 78b 1e-6 .4 .05
 internvl3   pretrain?    all           512  1b 2e-5 0 .05, 2b 2e-5 0 .05, 8b 2e-5 0 .05, 9b 2e-5 0 .05
 internvl3   pretrain?    all           512  14b 2e-5 .1 .05, 38b 2e-5 .2 .05, 78b 2e-5 .4 .05
 internvl3   sft?         all           512  1b 1e-5 0 .05, 2b 2e-5 0 .05, 8b 2e-5 0 .05, 9b 2e-5 0 .05
@@ -76,6 +81,9 @@ internvl3   2nd_full     mlp+llm       128  1b 1e-5 0 .05, 2b 2e-5 0 .05, 8b 2e-
 internvl3   2nd_full     mlp+llm       128  14b 2e-5 .1 .05, 38b 2e-5 .2 .05, 78b 2e-5 .4 .05
 internvl3   2nd_lora?    lora16         16  1b 1e-5 0 .05, 2b 2e-5 0 .05, 8b 2e-5 0 .05, 9b 2e-5 0 .05
 internvl3   2nd_lora?    lora16         16  14b 2e-5 0 .05, 38b 2e-5 0 .05, 78b 2e-5 0 .05
+internvl3   mpo          all           256  1b 2e-7 .1 .05, 2b 2e-7 .1 .05, 8b 2e-7 .1 .05, 9b 2e-7 .1 .05
+internvl3   mpo          all           256  14b 2e-7 .1 .05
+internvl3   mpo          all           512  38b 2e-7 .4 .05, 78b 2e-7 .4 .05
 internvl3_5 stage0       mlp           256  20b_a4b 1e-3 .1 .05
 internvl3_5 stage0?      mlp           256  1b 1e-3 0 .05, 2b 1e-3 0 .05, 4b 1e-3 0 .05
 internvl3_5 stage0?      mlp           256  8b 1e-3 .1 .05, 14b 1e-3 .1 .05
@@ -88,6 +96,10 @@ internvl3_5 sft          all           512  1b 8e-5 0 .05, 2b 8e-5 0 .05, 4b 8e-
 internvl3_5 sft          all           512  8b 8e-5 .1 .05, 14b 8e-5 .1 .05
 internvl3_5 sft          all           512  20b_a4b 8e-5 .1 .05, 30b_a3b 8e-5 .1 .05, 38b 8e-5 .4 .05
 internvl3_5 sft          all           512  241b_a28b 2e-5 .4 .05
+internvl3_5 mpo          all           256  1b 2e-7 0 .05, 2b 2e-7 0 .05, 4b 2e-7 0 .05
+internvl3_5 mpo          all           256  8b 2e-7 .1 .05, 14b 2e-7 .1 .05
+internvl3_5 mpo          all           256  20b_a4b 2e-7 .1 .05, 30b_a3b 2e-7 .1 .05
+internvl3_5 mpo          all           256  38b 2e-7 .4 .05, 241b_a28b 2e-7 .4 .05
 internvl3_5 2nd_full?    mlp+llm       128  1b 1e-5 0 .05, 2b 2e-5 0 .05, 4b 2e-5 0 .05
 internvl3_5 2nd_full?    mlp+llm       128  8b 2e-5 .1 .05, 14b 2e-5 .1 .05
 internvl3_5 2nd_full?    mlp+llm       128  20b_a4b 2e-5 .1 .05, 30b_a3b 2e-5 .1 .05, 38b 2e-5 .4 .05
@@ -115,6 +127,7 @@ internvl2   pretrain      8192 0 0      0 100   12 token
 internvl2   finetune      8192 0 0      0 .03    - token
 internvl2   domain        8192 16384 48 2200 .03 - square
 internvl2   2nd           4096 0 0      0 .03    6 token
+internvl2   mpo           6144 0 0      0 .03   12 token
 internvl2   xtuner        8192 0 0      0 .03    - token
 internvl2_5 stage1       16384 16384 48 100000 100 12 square
 internvl2_5 stage1_5     16384 16384 48 100000 100 - square
@@ -123,12 +136,17 @@ internvl2_5 stage2[1b]   16384 16384 48  22000 .03 - square
 internvl2_5 stage2[2b]   16384 16384 48  22000 .03 - square
 internvl2_5 stage2[4b]   16384 16384 48  11000 .03 - square
 internvl2_5 2nd           8192 0 0      0 .03    6 token
+internvl2_5 mpo           8192 0 0      0 .03   12 token
 internvl3   pretrain     32768 32768 96  12000 .03 12 square
 internvl3   sft          16384 16384 48      0 .03 - square
 internvl3   2nd          16384 0 0      0 .03   12 token
+internvl3   mpo          12288 0 0      0 .03   12 token
+internvl3   mpo[38b]      8192 0 0      0 .03   12 token
+internvl3   mpo[78b]      8192 0 0      0 .03   12 token
 internvl3_5 stage0       16384 32768 96   5000 .01 12 square
 internvl3_5 stage1       32768 32768 96  15000 .03 - square
 internvl3_5 sft          32768 32768 96   8000 .03 - square
+internvl3_5 mpo          16384 0 0      0 .03   12 token
 internvl3_5 2nd          16384 0 0      0 .03   12 token
 """
 _NAMES = {
@@ -142,7 +160,7 @@ _NAMES = {
     "internvl2": {"76b": "InternVL2-Llama3-76B"},
     "internvl3_5": {"20b_a4b": "InternVL3_5-GPT-OSS-20B-A4B-Preview"},
 }
-_TINY = ["tiny/lora", "tiny/packed", "tiny/stage1", "tiny/stage1_5", "tiny/stage2"]
+_TINY = ["tiny/lora", "tiny/mpo", "tiny/packed", "tiny/stage1", "tiny/stage1_5", "tiny/stage2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +243,8 @@ def test_numbers_are_the_published_ones(name: str) -> None:
     assert (training.lr_scheduler_type, training.bf16, training.adam_beta2) == ("cosine", True, 0.999)
     assert (recipe.model.quantization == "nf4") == name.endswith("qlora")
     assert recipe.training.output_dir == f"runs/{name}"
+    # The scripts' loss weights, TRL's beta, and nothing beyond them; only stages named so have pairs.
+    assert recipe.preference == (PreferenceArguments(0.1, 0.8, 0.2, 1.0) if name.endswith("_mpo") else None)
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
@@ -539,6 +559,64 @@ def test_global_batch_and_accumulation_exclude_one_another(tmp_path: Path) -> No
         load_recipe(path, ["gradient_accumulation_steps=2"])
     recipe = load_recipe(path, ["gradient_accumulation_steps=2", "global_batch_size=null"])
     assert recipe.training.gradient_accumulation_steps == 2
+
+
+# ------------------------------------------------------------------------------------------------- section preference
+
+
+@pytest.mark.parametrize("section", ["preference: {}", "preference: {beta: 0.1}"], ids=["empty", "full"])
+def test_a_recipe_has_preferences_where_it_has_the_section(tmp_path: Path, section: str) -> None:
+    assert load_recipe(_recipe(tmp_path)).preference is None
+    recipe = load_recipe(_recipe(tmp_path, section))
+    assert recipe.preference == PreferenceArguments()
+    _write(tmp_path, "base.yaml", section)
+    above = load_recipe(_recipe(tmp_path, "extends: base.yaml", "preference: {quality_weight: 0.5}"))
+    assert above.preference == PreferenceArguments(quality_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "beta"),
+    [(["preference.beta=0.2"], 0.2), (["beta=0.2"], 0.2), (["preference={}"], 0.1), (["preference={beta: 2}"], 2.0)],
+    ids=["field", "bare", "empty", "mapping"],
+)
+def test_an_override_can_give_the_section(tmp_path: Path, overrides: list[str], beta: float) -> None:
+    recipe = load_recipe(_recipe(tmp_path), overrides)
+    assert recipe.preference is not None and recipe.preference.beta == beta
+
+
+def test_null_takes_the_section_away(tmp_path: Path) -> None:
+    assert load_recipe("tiny/mpo").preference is not None
+    without = load_recipe("tiny/mpo", ["preference=null"])
+    assert without.preference is None and "preference" not in yaml.safe_load(dump_recipe(without))
+    _write(tmp_path, "base.yaml", "preference: {beta: 0.3}")
+    path = _recipe(tmp_path, "extends: base.yaml", "preference: null")
+    assert load_recipe(path).preference is None
+    assert load_recipe(path, ["label_smoothing=0.1"]).preference == PreferenceArguments(label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("preference.bta=1", "unknown key 'preference.bta'; did you mean beta"),
+        ("preference.beta=much", "preference.beta must be float, got 'much'"),
+        ("preference=1", "preference must be a mapping of fields, got 1"),
+        ("beta=0", "mine: beta must be above 0, got 0"),
+        ("preferenc.beta=1", "unknown key 'preferenc.beta'; did you mean preference"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:40],
+)
+def test_preferences_are_checked_as_other_sections(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(_recipe(tmp_path), [override])
+
+
+@pytest.mark.parametrize("overrides", [["preference={}"], ["beta=0.2", "preference.reference_path=a/b"]], ids=len)
+def test_a_saved_recipe_keeps_its_preferences(tmp_path: Path, overrides: list[str]) -> None:
+    recipe = load_recipe(_recipe(tmp_path), overrides)
+    text = dump_recipe(recipe)
+    again = load_recipe(_write(tmp_path, "saved.yaml", text), ["output_dir=runs/mine"])
+    assert again.preference == recipe.preference is not None and again.training == recipe.training
+    assert yaml.safe_load(text)["preference"] == dict(recipe.settings["preference"])
 
 
 # ------------------------------------------------------------------------------------------------------ saving, checks
