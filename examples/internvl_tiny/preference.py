@@ -33,6 +33,7 @@ from .preference_report import Scores, write_report
 from .tasks import TaskMixture
 
 CHECKPOINT = Path("checkpoints/internvl-tiny")
+RECIPE = Path(__file__).parent / "stages" / "mpo.yaml"
 # Shares of the questions; those that the checkpoint answers badly have more to give, the others keep what it can.
 WEIGHTS = {
     "numbers": 0.22, "words": 0.22, "letter_count": 0.08, "first_letter": 0.04, "digit_count": 0.03,
@@ -85,7 +86,7 @@ def train_seed(folder: Path, seed: int, overrides: Sequence[str]) -> Path:
     output = folder / f"seed-{seed}"
     if not (output / "report.md").is_file():
         settings = [f"data.meta_path={folder / 'pairs' / 'meta.json'}", f"training.seed={seed}"]
-        recipe = load_recipe("tiny/mpo", [*settings, f"training.output_dir={output}", *overrides])
+        recipe = load_recipe(RECIPE, [*settings, f"training.output_dir={output}", *overrides])
         train(recipe, resume=True)
     return output
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads arguments and runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over recipe tiny/mpo")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over stages/mpo.yaml")
     parser.add_argument("--questions", type=int, default=6000, help="questions to sample answers to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="of the scores")

@@ -11,7 +11,7 @@ from tiny import CHAT, LLAMA, QWEN2, assert_same
 from internvl_hub.app.cli import build_parser, main
 from internvl_hub.modeling_intern_vit import InternVisionModel
 
-COMMANDS = ("describe", "doctor", "upgrade", "convert", "merge", "vision", "upload", "demo")
+COMMANDS = ("describe", "doctor", "upgrade", "convert", "merge", "vision", "upload", "demo", "train", "pairs", "eval")
 
 
 @pytest.fixture
