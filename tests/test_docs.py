@@ -1,0 +1,55 @@
+"""Every Python block of the documentation runs, page by page, as a reader of the page would type it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from documentation import BLOCK, BUILD, LOAD, blocks_of, prepare_workplace, run_blocks
+
+from internvl_hub.tests.conftest import ROOT
+
+PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
+# What a page has said in words before its first block, or what its reader brings.
+BEFORE = {
+    "mpo.md": BUILD
+    + """
+from internvl_hub.data.pairs import parse_pair
+from internvl_hub.data.preference_dataset import PreferenceDataset
+from internvl_hub.data.records import RecordFile
+pairs = PreferenceDataset(
+    RecordFile("pairs.jsonl", "images", parse=parse_pair), tokenizer, processor.image_processor, model.config
+)
+""",
+    "evaluation.md": LOAD,
+    "preference_data.md": LOAD,
+}
+
+
+def _trained(folder: Path) -> None:
+    """A folder as a training run leaves it."""
+    shutil.copytree(folder / "build" / "internvl-tiny", folder / "runs" / "mine")
+    pictures = folder / "my-data" / "images"
+    shutil.copy(pictures / "number_4_wide.png", pictures / "0.png")
+
+
+def _problems(folder: Path) -> None:
+    """What `internvl validate` writes."""
+    line = {"where": "train.jsonl:1", "severity": "error"}
+    (folder / "problems.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+PREPARE = {"training.md": _trained, "data.md": _problems}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    blocks = blocks_of(ROOT / "docs" / page)
+    prepare_workplace(ROOT, tmp_path)
+    PREPARE.get(page, lambda folder: None)(tmp_path)
+    run_blocks([BEFORE.get(page, ""), *blocks], tmp_path)
+
+
+def test_what_is_not_run_says_why() -> None:
+    skipped = [match["skip"] for page in PAGES for match in BLOCK.finditer((ROOT / "docs" / page).read_text())]
+    assert all(len(reason) > len("<!-- not run: -->\n") + 5 for reason in skipped if reason)
