@@ -1,13 +1,18 @@
 """Every Python block of the documentation runs, page by page, as a reader of the page would type it."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from documentation import BLOCK, BUILD, LOAD, blocks_of, prepare_workplace, run_blocks
 
+from internvl_hub.app import data_commands, estimate_command, eval_command, pairs_command, training_commands
+from internvl_hub.app.cli import build_parser
 from internvl_hub.tests.conftest import ROOT
+from internvl_hub.training.recipes import find_recipe
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
 # What a page has said in words before its first block, or what its reader brings.
@@ -53,3 +58,39 @@ def test_blocks_run(page: str, tmp_path: Path) -> None:
 def test_what_is_not_run_says_why() -> None:
     skipped = [match["skip"] for page in PAGES for match in BLOCK.finditer((ROOT / "docs" / page).read_text())]
     assert all(len(reason) > len("<!-- not run: -->\n") + 5 for reason in skipped if reason)
+
+
+CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PARSERS = {
+    "validate": data_commands._validate_parser,
+    "preview": data_commands._preview_parser,
+    "estimate": estimate_command._parser,
+    "train": training_commands._parser,
+    "eval": eval_command._parser,
+    "pairs": pairs_command._parser,
+}
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+COMMANDS = [
+    f"{name}: {line}"
+    for name, text in sorted(TEXTS.items())
+    for block in CONSOLE.findall(text)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("internvl ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str) -> None:
+    """Those of the command line: their options exist, and so do the recipes that they name."""
+    _, name, *arguments = shlex.split(command.split(": ", 1)[1], comments=True)
+    if name not in PARSERS:
+        build_parser().parse_args([name, *arguments])
+        return
+    options = PARSERS[name]().parse_intermixed_args(arguments)
+    recipe = getattr(options, "recipe", None)
+    if recipe is not None and not recipe.endswith(".yaml"):
+        find_recipe(recipe)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 25
