@@ -16,13 +16,31 @@ from transformers import GenerationConfig
 from .conversation import Conversation, get_conv_template, template_names
 from .generation_internvl import id_list, option
 from .prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
+from .reasoning_internvl import split_reasoning, split_reasoning_stream, without_reasoning
 from .session_internvl import ChatSession
 from .streaming_internvl import AnswerStreamer, stream_text
-from .turns_internvl import IMAGE_TOKENS, ChatAnswer, History, Turn, histories_of, prepare_batch, run_batch
+from .tools_internvl import Tool, parse_tool_calls, tool_results
+from .turns_internvl import (
+    IMAGE_TOKENS,
+    ChatAnswer,
+    History,
+    Turn,
+    histories_of,
+    prepare_batch,
+    run_batch,
+    run_batch_with_log_probs,
+)
 
 
 class InternVLChatMixin:
     """Conversation methods of `InternVLChatModel`."""
+
+    # What reads answers is at hand as methods too, for those who loaded the code from a Hub repository.
+    split_reasoning = staticmethod(split_reasoning)
+    split_reasoning_stream = staticmethod(split_reasoning_stream)
+    without_reasoning = staticmethod(without_reasoning)
+    parse_tool_calls = staticmethod(parse_tool_calls)
+    tool_results = staticmethod(tool_results)
 
     def _init_chat(self) -> None:
         self.system_message = self.config.system_message
@@ -61,6 +79,8 @@ class InternVLChatMixin:
         system: str | None = None,
         keep_markup: bool = False,
         session: ChatSession | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """Answers a question, with any number of images and earlier turns.
 
@@ -78,6 +98,11 @@ class InternVLChatMixin:
             system: System text instead of `model.system_message`; "" for none.
             keep_markup: Keep `<ref>`, `<box>` and `<quad>` in the answer, which by default loses all special tokens.
             session: From `new_session`; reuses visual features and cache across the turns of a conversation.
+            thinking: True asks for thinking before the answer, by the system text of the InternVL 3.5 card (behind
+                `system`, if that is given, else instead of the model's own); `split_reasoning` tells the two apart.
+                False keeps a model from thinking by beginning its answer with an empty thought. None does nothing.
+            tools: Python functions or JSON schemas that the model may call, described behind the system text;
+                `parse_tool_calls` reads the calls, `tool_results` makes the next question of their results.
 
         Returns:
             The answer, or (answer, history).
@@ -85,10 +110,11 @@ class InternVLChatMixin:
         Raises:
             ImageCountError: placeholders and images differ in number, or `num_patches_list` does not add up.
             TokenizerError: the tokenizer lacks the image tokens.
-            TemplateError: `model.template` is unknown.
+            TemplateError: `model.template` is unknown, or tools are given to a model that was not trained on any.
+            TypeError: a tool is neither a function nor a JSON schema.
         """
         image_tokens = IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN
-        turn = Turn(self, tokenizer, image_tokens, keep_markup, system)
+        turn = Turn(self, tokenizer, image_tokens, keep_markup, system, thinking=thinking, tools=tools)
         question = turn.prepare(pixel_values, question, history, num_patches_list)
         answer = turn.decode(turn.run(generation_config, session or ChatSession(self, reuse=False)))
         if verbose:
@@ -113,11 +139,13 @@ class InternVLChatMixin:
         *,
         system: str | None = None,
         keep_markup: bool = False,
+        thinking: bool | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
         """Answers many questions at once; each row may have its own images and history, or none.
 
         Args:
-            tokenizer, generation_config, verbose, system, keep_markup, IMG_*: As in `chat`.
+            tokenizer, generation_config, verbose, system, keep_markup, thinking, tools, IMG_*: As in `chat`.
             pixel_values: (tiles, 3, S, S) of all rows' images, row by row.
             questions: One per row.
             num_patches_list: Tiles of each image. A list of lists assigns images to rows; a flat list is dealt out by
@@ -135,7 +163,8 @@ class InternVLChatMixin:
         """
         image_tokens = IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN
         histories = histories_of(questions, history)
-        turns = [Turn(self, tokenizer, image_tokens, keep_markup, system) for _ in questions]
+        extra = {"thinking": thinking, "tools": tools}
+        turns = [Turn(self, tokenizer, image_tokens, keep_markup, system, **extra) for _ in questions]
         patches = num_patches_list if num_patches_list is not None else image_counts
         asked = prepare_batch(turns, pixel_values, questions, histories, patches)
         options = turns[0].options(generation_config)
@@ -162,30 +191,44 @@ class InternVLChatMixin:
         system: str | None = None,
         answer_prefixes: Sequence[str] | None = None,
         keep_markup: bool = False,
+        thinking: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        return_log_probs: bool = False,
     ) -> list[list[ChatAnswer]]:
         """Several answers to each of many questions; images and prompts are computed once per question.
 
         Args:
-            tokenizer, pixel_values, questions, num_patches_list, history, system, keep_markup: As in `batch_chat`.
+            tokenizer, pixel_values, questions, num_patches_list, history, system, keep_markup, thinking, tools: As in
+                `batch_chat`.
             generation_config: Its `num_return_sequences` says how many answers, `do_sample` makes them differ.
             answer_prefixes: Per question, how its answers begin; the model goes on from there. "" for nothing.
+            return_log_probs: Fill `ChatAnswer.log_probs`. While generating, the logits of every step are kept: new
+                tokens x answers x vocabulary x 4 bytes.
 
         Returns:
             Per question its answers.
 
         Raises:
             ImageCountError, TokenizerError, TemplateError, ValueError: as in `batch_chat`.
+            ValueError: `return_log_probs` with beams.
         """
         histories = histories_of(questions, history)
         prefixes = [""] * len(questions) if answer_prefixes is None else list(answer_prefixes)
         if len(prefixes) != len(questions):
             raise ValueError(f"answer_prefixes has {len(prefixes)} entries for {len(questions)} questions.")
-        turns = [Turn(self, tokenizer, IMAGE_TOKENS, keep_markup, system, prefix) for prefix in prefixes]
+        extra = {"thinking": thinking, "tools": tools}
+        turns = [Turn(self, tokenizer, IMAGE_TOKENS, keep_markup, system, prefix, **extra) for prefix in prefixes]
         prepare_batch(turns, pixel_values, questions, histories, num_patches_list)
         options = turns[0].options(generation_config)
         stops = set(id_list(option(self, options, "eos_token_id")))
-        answers = run_batch(self, turns, options)
-        return [[turn.answer(ids, stops) for ids in rows] for turn, rows in zip(turns, answers, strict=True)]
+        if not return_log_probs:
+            answers = run_batch(self, turns, options)
+            return [[turn.answer(ids, stops) for ids in rows] for turn, rows in zip(turns, answers, strict=True)]
+        answers, log_probs = run_batch_with_log_probs(self, turns, options)
+        return [
+            [turn.answer(ids, stops, values) for ids, values in zip(rows, row_values, strict=True)]
+            for turn, rows, row_values in zip(turns, answers, log_probs, strict=True)
+        ]
 
     def stream_chat(
         self,
@@ -199,8 +242,12 @@ class InternVLChatMixin:
         system: str | None = None,
         keep_markup: bool = False,
         session: ChatSession | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> Iterator[str]:
         """As `chat`, but yields the answer piece by piece; the pieces join to what `chat` would return.
+
+        With `thinking=True`, `split_reasoning_stream(pieces)` tells thoughts from answer.
 
         Bad arguments raise at the call, not at the first piece. Closing the iterator stops the generation.
 
@@ -208,7 +255,7 @@ class InternVLChatMixin:
             ValueError: beams or several sequences are asked for, which cannot be streamed.
             ImageCountError, TokenizerError, TemplateError: as in `chat`.
         """
-        turn = Turn(self, tokenizer, IMAGE_TOKENS, keep_markup, system)
+        turn = Turn(self, tokenizer, IMAGE_TOKENS, keep_markup, system, thinking=thinking, tools=tools)
         turn.prepare(pixel_values, question, history, num_patches_list)
         options = turn.options(generation_config)
         for name in ("num_beams", "num_return_sequences"):

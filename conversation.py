@@ -12,6 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .tools_internvl import (
+    CALL_END,
+    CALL_START,
+    RESULT_END,
+    RESULT_START,
+    TOOLS_CONCLUSION,
+    TOOLS_INTRODUCTION,
+    answer_with_calls,
+    tool_results,
+    with_tools,
+)
+
 IMAGE_PLACEHOLDER = "<image>"
 
 _S1 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -64,6 +76,7 @@ class ConversationTemplate:
         sep_style: `"MPT"`, `"INTERNVL_ZH"` or `"GPT_OSS"`.
         stop_str, stop_token_ids: Kept as data for tools that read them.
         answer_prefix: What the model itself writes before an answer (gpt-oss: its channel header).
+        tools: Whether tools may be described to its models, in the Hermes format (`tools_internvl.py`).
     """
 
     name: str
@@ -76,6 +89,7 @@ class ConversationTemplate:
     stop_str: str | None = None
     stop_token_ids: tuple[int, ...] | None = None
     answer_prefix: str = ""
+    tools: bool = False
 
     @property
     def user_header(self) -> str:
@@ -131,7 +145,7 @@ for _template in (
         "internvl_zh", roles=("<human>", "<bot>"), sep="</s>", sep2=" ", sep_style="INTERNVL_ZH", answer_prefix=" "
     ),
     # Yi-34B (1.2, 2.0-40B) and Qwen2-0.5B (2.0-1B)
-    _chatml("Hermes-2", _S1, stop_str="<|endoftext|>"),
+    _chatml("Hermes-2", _S1, stop_str="<|endoftext|>", tools=True),
     # InternLM2 (1.5, 2.0)
     _chatml("internlm2-chat", _S1),
     # Phi-3 (Mini-InternVL 4B, 2.0-4B)
@@ -139,7 +153,7 @@ for _template in (
         "phi3-chat", "<|system|>\n{system_message}", _S1, ("<|user|>\n", "<|assistant|>\n"), "<|end|>"
     ),
     # InternVL 2.5, 3 and the Qwen3 sizes of 3.5
-    _chatml("internvl2_5", _S2, sep="<|im_end|>\n"),
+    _chatml("internvl2_5", _S2, sep="<|im_end|>\n", tools=True),
     # InternVL 3.5 20B-A4B
     ConversationTemplate(
         "internvl3_5_gpt_oss",
@@ -206,6 +220,23 @@ class Conversation:
     def set_system_message(self, system_message: str) -> None:
         """Replaces the system text."""
         self.system_message = system_message
+
+    def describe_tools(self, tools: Sequence[Any] | None) -> None:
+        """Puts the descriptions of tools behind the system text; nothing without tools.
+
+        Raises:
+            TemplateError: the template's models know no tools.
+            TypeError: as for `tool_schemas`.
+        """
+        if not tools:
+            return
+        if not self.template.tools:
+            known = ", ".join(name for name in template_names() if get_template(name).tools)
+            raise TemplateError(
+                f"Template {self.name!r} has no way to describe tools: its models were not trained on any. Those of "
+                f"{known} on a Qwen language model were."
+            )
+        self.system_message = with_tools(self.system_message, tools)
 
     def append_message(self, role: str, message: Content) -> None:
         """Adds a turn; `role` is `roles[0]` or `roles[1]`.
@@ -283,6 +314,7 @@ def conversation_from_messages(
     messages: Sequence[dict[str, Any]],
     system_message: str | None = None,
     add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> Conversation:
     """Builds a conversation from OpenAI-style messages.
 
@@ -291,12 +323,16 @@ def conversation_from_messages(
         messages: Dictionaries with `role` (`system` first if present, `user`, `assistant`) and `content`: a string, or
             a list of `{"type": "text", "text": ...}`, `{"type": "image", ...}` and
             `{"type": "video", "video": frames}` parts. An image becomes a slot followed by a newline, a video one
-            `Frame-i: ` line per frame. Text is text: a literal `<image>` in it is no slot.
+            `Frame-i: ` line per frame. Text is text: a literal `<image>` in it is no slot. Where the template knows
+            tools, an assistant message may have `tool_calls`, and messages of the role `tool` in a row make up one
+            user turn.
         system_message: Used where `messages` has no system turn; None for the template's own.
         add_generation_prompt: End with the assistant header.
+        tools: Functions or JSON schemas that the model may call (`tools_internvl.tool_schemas`).
 
     Raises:
-        TemplateError: an unknown role or part, a system turn that is not first, or an image in an answer.
+        TemplateError: an unknown role or part, a system turn that is not first, an image in an answer, or tools where
+            the template knows none.
     """
     conversation = Conversation(template, template.system_message if system_message is None else system_message)
     for i, message in enumerate(messages):
@@ -306,12 +342,24 @@ def conversation_from_messages(
             conversation.set_system_message(_text_only(parts, role))
         elif role == "user":
             conversation.append_message(template.roles[0], parts)
-        elif role == "assistant":
+        elif role == "assistant" and not message.get("tool_calls"):
             conversation.append_message(template.roles[1], _text_only(parts, role))
+        elif role == "assistant" and template.tools:
+            answer = answer_with_calls(_text_only(parts, role), message["tool_calls"])
+            conversation.append_message(template.roles[1], answer)
+        elif role == "tool" and i and template.tools:
+            result = tool_results([_text_only(parts, role)])
+            if messages[i - 1].get("role") == "tool":
+                conversation.messages[-1][1].append(f"\n{result}")
+            else:
+                conversation.append_message(template.roles[0], [result])
         else:
             raise TemplateError(
-                f"Message {i} has role {role!r}; expected 'user' or 'assistant', or 'system' as the first message."
+                f"Message {i} has role {role!r}{' and tool calls' * bool(message.get('tool_calls'))}; expected 'user' "
+                "or 'assistant', or 'system' as the first message"
+                + ("." if not template.tools else ", or 'tool' for a result.")
             )
+    conversation.describe_tools(tools)
     if add_generation_prompt:
         conversation.append_message(template.roles[1], None)
     return conversation
@@ -358,7 +406,8 @@ def video_frames(part: dict[str, Any]) -> list[Any]:
 def chat_template(template: ConversationTemplate, bos_token: str = "", system_message: str | None = None) -> str:
     """The Jinja chat template that renders `template` exactly as `conversation_from_messages` does.
 
-    Image slots are rendered as `<image>`. Video frames take one line each.
+    Image slots are rendered as `<image>`. Video frames take one line each. `tools` are described where the template
+    knows them, else refused.
 
     Args:
         template: The template.
@@ -378,8 +427,16 @@ def chat_template(template: ConversationTemplate, bos_token: str = "", system_me
         "PREFIX": template.answer_prefix,
         "END": template.sep,
         "LAST_END": template.last_answer_end,
+        "INTRODUCTION": TOOLS_INTRODUCTION,
+        "CONCLUSION": TOOLS_CONCLUSION,
+        "CALL": f"{CALL_START}\n",
+        "CALL_END": f"\n{CALL_END}",
+        "RESULT": f"{RESULT_START}\n",
+        "RESULT_END": f"\n{RESULT_END}",
     }
-    return re.sub("@([A-Z_]+)@", lambda match: _jinja_string(values[match[1]]), _JINJA)
+    parts = _TOOL_PARTS if template.tools else _NO_TOOL_PARTS
+    source = re.sub("#([A-Z_]+)#\n", lambda match: parts.get(match[1], ""), _JINJA)
+    return re.sub("@([A-Z_]+)@", lambda match: _jinja_string(values[match[1]]), source)
 
 
 def _jinja_string(value: str) -> str:
@@ -406,25 +463,25 @@ _JINJA = """\
     {%- endif -%}
 {%- endmacro -%}
 {{- @BOS@ -}}
-{%- if messages and messages[0].role == 'system' -%}
-    {{- @BEFORE@ ~ text_of(messages[0].content) ~ @AFTER@ -}}
-{%- else -%}
-    {{- @BEFORE@ ~ @SYSTEM@ ~ @AFTER@ -}}
-{%- endif -%}
+{%- set system = text_of(messages[0].content) if messages and messages[0].role == 'system' else @SYSTEM@ -%}
+#TOOLS#
+{{- @BEFORE@ ~ system ~ @AFTER@ -}}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
         {{- @USER@ ~ text_of(message.content) ~ @USER_END@ -}}
     {%- elif message.role == 'assistant' -%}
-        {%- set answer = text_of(message.content) -%}
+        {%- set answer = text_of(message.content or '') -%}
         {%- if @PREFIX@ | trim and answer.startswith(@PREFIX@) -%}
             {%- set answer = answer[(@PREFIX@ | length):] -%}
         {%- endif -%}
         {{- @ASSISTANT@ ~ @PREFIX@ ~ answer -}}
+#CALLS#
         {%- if loop.last and not add_generation_prompt -%}
             {{- @LAST_END@ -}}
         {%- else -%}
             {{- @END@ -}}
         {%- endif -%}
+#RESULTS#
     {%- elif not (message.role == 'system' and loop.first) -%}
         {{- raise_exception('Unknown or misplaced role: ' ~ message.role) -}}
     {%- endif -%}
@@ -433,3 +490,47 @@ _JINJA = """\
     {{- @ASSISTANT@ -}}
 {%- endif -%}
 """
+
+_NO_TOOL_PARTS = {
+    "TOOLS": """\
+{%- if tools -%}
+    {{- raise_exception('This model knows no tools.') -}}
+{%- endif -%}
+""",
+    "CALLS": """\
+        {%- if message.tool_calls -%}
+            {{- raise_exception('This model knows no tools.') -}}
+        {%- endif -%}
+""",
+}
+
+_TOOL_PARTS = {
+    "TOOLS": """\
+{%- if tools -%}
+    {%- set described -%}
+        {{- system ~ ('\\n\\n' if system else '') ~ @INTRODUCTION@ -}}
+        {%- for tool in tools -%}
+            {{- '\\n' ~ (tool | tojson) -}}
+        {%- endfor -%}
+        {{- @CONCLUSION@ -}}
+    {%- endset -%}
+    {%- set system = described -%}
+{%- endif -%}
+""",
+    "CALLS": """\
+        {%- for call in message.tool_calls or [] -%}
+            {%- set call = call.function or call -%}
+            {%- set arguments = call.arguments if call.arguments is string else (call.arguments or {}) | tojson -%}
+            {{- '\\n' if answer or not loop.first -}}
+            {{- @CALL@ ~ '{"name": ' ~ (call.name | tojson) ~ ', "arguments": ' ~ arguments ~ '}' ~ @CALL_END@ -}}
+        {%- endfor -%}
+""",
+    "RESULTS": """\
+    {%- elif message.role == 'tool' and not loop.first -%}
+        {{- @USER@ if loop.previtem.role != 'tool' else '\\n' -}}
+        {{- @RESULT@ ~ text_of(message.content) ~ @RESULT_END@ -}}
+        {%- if loop.last or loop.nextitem.role != 'tool' -%}
+            {{- @USER_END@ -}}
+        {%- endif -%}
+""",
+}

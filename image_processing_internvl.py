@@ -312,6 +312,10 @@ class InternVLImageProcessor(BaseImageProcessor):
         settings = self._settings(overrides)
         return [_count(grid, settings) for grid in _choose_grids(sizes, settings)]
 
+    def grids_per_image(self, sizes: Sequence[tuple[int, int]], **overrides: Any) -> list[Grid]:
+        """(columns, rows) of the tiles of each image of one call, thumbnail aside; as `num_tiles_per_image`."""
+        return _choose_grids(sizes, self._settings(overrides))
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load sources with `load_image`, keeping the nesting; arrays pass. `ProcessorMixin` calls this first."""
         if isinstance(image_url_or_urls, (list, tuple)):

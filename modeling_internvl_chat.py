@@ -32,6 +32,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from .analysis_internvl import InternVLAnalysisMixin
 from .chat_internvl import InternVLChatMixin
 from .checkpoint_internvl import scan_files
 from .configuration_internvl_chat import InternVLChatConfig
@@ -48,6 +49,7 @@ from .losses_internvl import (
 from .modeling_intern_vit import InternVisionModel, request_flash_attention
 from .modeling_internlm2 import InternLM2ForCausalLM, mend_dynamic_ntk
 from .native_internvl import foreign_tensors
+from .quantization_internvl import keep_vision_unquantized
 from .resuming_internvl import accept_disk_names
 from .sampling_internvl import prefill_once, shares_prompt
 
@@ -65,6 +67,9 @@ _HEAD_MODIFIERS = (
     "logits_mup_width_multiplier",
     "unpadded_vocab_size",
 )
+
+
+_IMAGES = ("pixel_values", "visual_features", "image_flags", "tile_index", "num_patches")
 
 
 class VisualTokenMismatchError(ValueError):
@@ -120,7 +125,7 @@ class HeadlessView:
         return self._model.forward_hidden(*args, **kwargs)
 
 
-class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
+class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedModel, GenerationMixin):
     """InternVL-Chat (1.1 to 3.5; original `modeling_internvl_chat.py`).
 
     Args:
@@ -167,6 +172,17 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         self._init_chat()
         self.register_load_state_dict_pre_hook(accept_disk_names)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> InternVLChatModel:
+        """As in transformers; a `quantization_config` leaves encoder, projector and output head as they are.
+
+        Unless it lists itself what to leave out (`quantization_internvl.py`).
+        """
+        saved = getattr(kwargs.get("config"), "quantization_config", None)
+        if saved is None and kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_vision_unquantized(kwargs["quantization_config"])
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(
@@ -573,10 +589,14 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
         if input_ids is not None and input_ids.is_floating_point():
             raise TypeError("The first argument of generate() is input_ids; pass images as pixel_values=...")
         has_images = pixel_values is not None or visual_features is not None
-        if has_images and input_ids is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.embed_prompt(
-                input_ids, pixel_values, visual_features, image_flags, tile_index
-            )
+        # With both, this is a draft model, and the embeddings are those of the model that it helps.
+        if has_images and input_ids is not None and (kwargs.get("inputs_embeds") is None or pixel_values is not None):
+            images = {"pixel_values": pixel_values, "image_flags": image_flags, "tile_index": tile_index}
+            done = _cached(input_ids, kwargs.get("past_key_values"), self.img_context_token_id)
+            embeds = None if done else self.embed_prompt(input_ids, visual_features=visual_features, **images)
+            kwargs["inputs_embeds"] = embeds
+            if hasattr(kwargs.get("assistant_model"), "embed_prompt"):  # a draft model that looks for itself
+                kwargs |= {name: value for name, value in images.items() if value is not None}
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}
@@ -595,6 +615,13 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
 
         (With embeddings as input, and so with images, transformers always uses a cache.)
         """
+        if past_key_values is not None and (inputs_embeds is not None or not is_first_iteration):
+            # The images are in the embeddings or in the cache; these are for a draft model.
+            kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGES}
+        if is_first_iteration and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+            # Assisted decoding checks proposed tokens together with the prompt; transformers embeds the prompt alone.
+            proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
+            inputs_embeds = torch.cat([inputs_embeds, proposed.to(inputs_embeds)], dim=1)
         has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_features") is not None
         if past_key_values is None and inputs_embeds is None and not is_first_iteration and not has_images:
             inputs_embeds, is_first_iteration = self.get_input_embeddings()(input_ids), True
@@ -606,6 +633,12 @@ class InternVLChatModel(InternVLChatMixin, PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _cached(input_ids: torch.Tensor, past_key_values: Any, context_token: int | None) -> bool:
+    """Whether the cache holds the images already: text alone is left to run."""
+    length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    return length > 0 and not bool((input_ids[:, length:] == context_token).any())
 
 
 def _used_features(

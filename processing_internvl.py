@@ -26,6 +26,7 @@ from .conversation import (
     TemplateError,
     chat_template,
     conversation_from_messages,
+    get_conv_template,
     get_template,
     template_names,
     video_frames,
@@ -265,6 +266,7 @@ class InternVLProcessor(ProcessorMixin):
         return_tensors: str | None = "auto",
         return_assistant_tokens_mask: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Turns messages into text, or with `tokenize=True` into model inputs.
@@ -281,13 +283,17 @@ class InternVLProcessor(ProcessorMixin):
             tokenize, return_dict, return_tensors: As in transformers.
             return_assistant_tokens_mask: Also return `assistant_masks`, 1 on answer tokens and their end of turn.
             processor_kwargs: Options as for `__call__`; `images` supplies image parts that carry no source.
+            tools: Python functions or JSON schemas that the model may call (`tools_internvl.tool_schemas`). Assistant
+                messages may have `tool_calls`, messages of the role `tool` hold results.
 
         Raises:
-            TemplateError: an unknown role or part.
+            TemplateError: an unknown role or part, or tools on a template whose models know none.
             ImageCountError: `images` does not fit the image parts.
             ValueError: `continue_final_message` and `add_generation_prompt` together.
         """
         if not tokenize or chat_template is not None:
+            if tools and chat_template is None:
+                chat_template = self._template_for_tools(tools)
             return super().apply_chat_template(
                 conversation,
                 chat_template=chat_template,
@@ -298,11 +304,14 @@ class InternVLProcessor(ProcessorMixin):
                 return_tensors=return_tensors,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
                 processor_kwargs=processor_kwargs,
+                tools=tools,
                 **kwargs,
             )
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message leaves an answer open, add_generation_prompt begins one: choose.")
         options = {**kwargs, **(processor_kwargs or {})}
+        if not options.get("load_audio_from_video"):  # `transformers serve` always says that it wants none
+            options.pop("load_audio_from_video", None)
         images = options.pop("images", None)
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
@@ -312,7 +321,7 @@ class InternVLProcessor(ProcessorMixin):
         template = get_template(self.template)
         rows = []
         for messages, extra in zip(conversations, supplied, strict=True):
-            built = conversation_from_messages(template, messages, self.system_message, add_generation_prompt)
+            built = conversation_from_messages(template, messages, self.system_message, add_generation_prompt, tools)
             segments = built.segments()
             if continue_final_message:
                 segments = _without_last_end(segments)
@@ -320,6 +329,12 @@ class InternVLProcessor(ProcessorMixin):
         text_options, image_options = _split_options(options)
         output = self._encode_rows(rows, single, text_options, image_options, return_assistant_tokens_mask)
         return output if return_dict else output["input_ids"]
+
+    def _template_for_tools(self, tools: Sequence[Any]) -> str:
+        """The saved Jinja template, or the package's where that one passes tools over in silence."""
+        get_conv_template(self.template).describe_tools(tools)  # raises with words
+        fresh = _default_chat_template(self.template, self.tokenizer, self.system_message)
+        return self.chat_template if "tools" in (self.chat_template or "") else fresh
 
     # -------------------------------------------------------------------------------------------------------- encoding
 

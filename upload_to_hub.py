@@ -1,10 +1,11 @@
 """Gather a checkpoint and the code that runs it into one self-contained folder, check it, and publish it on the Hub.
 
 Published are chat models and vision encoders on their own (`KINDS`). The code is the import closure of the files that
-``auto_map`` names, copied byte for byte; the rest is an allow-list (weights, tokenizer, configurations, chat template,
-licence, model card), so that optimizer states, logs and private files never leave. The checkpoint itself is never
-changed. This file needs neither torch nor the rest of the package, and deliberately converts nothing: a checkpoint in
-another layout is refused.
+``auto_map`` names, copied byte for byte; the rest is an allow-list (weights, tokenizer, configurations, chat
+template, licence, model card), so that optimizer states, logs and private files never leave; a file that holds a
+credential stops an upload. An upload is one commit, so a repository is as it was or complete. The checkpoint itself
+is never changed. This file runs alone, beside the Hub files, without torch: `publishing/` adds what it can to the
+model card where it is there. It deliberately converts nothing: a checkpoint in another layout is refused.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,57 +37,11 @@ AUTO_MAP = {
 PROCESSOR = "processing_internvl.InternVLProcessor"
 IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
 PREPROCESSING = "preprocessor_config.json"
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # A folder without this file was not made here, so it is never replaced. Dot files are not uploaded.
 MARKER = ".gathered"
-
-CHAT_CARD = """An InternVL vision-language model, with its code: load it with `trust_remote_code=True` after reading \
-the Python files.
-
-```python
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-image = Image.open("image.jpg")
-pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-print(model.chat(processor.tokenizer, pixel_values, "<image>\\nDescribe the image.", {{"max_new_tokens": 64}}))
-```
-
-The same in the way of all of transformers:
-
-```python
-content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Describe the image."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-).to(model.device, model.dtype)
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
-```
-"""
-ENCODER_CARD = """An InternViT vision encoder, with its code: load it with `trust_remote_code=True` after reading the \
-Python files.
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True).eval()
-image_processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-image = Image.open("image.jpg").convert("RGB")
-pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-with torch.no_grad():
-    tokens = model(pixel_values).last_hidden_state  # (images, 1 + patches, width)
-patches = tokens[:, 1:]  # row by row; token 0 is the class token
-```
-
-`pooler_output` is the raw class token, no embedding to compare images by: start from the mean of the patches. Before
-transformers 5.18 and without torchvision, `AutoImageProcessor` comes from
-`transformers.models.auto.image_processing_auto`.
-"""
 
 
 @dataclass(frozen=True)
@@ -98,10 +55,9 @@ class Kind:
     copied: tuple[str, ...]  # files that are published unchanged where the checkpoint has them
     loads: tuple[str, ...]  # what must load the published folder beside AutoModel: modules and auto classes
     task: str  # the Hub's name of what the model does
-    card: str  # text of the model card
 
 
-_COPIED = (PREPROCESSING, "LICENSE", "README.md")
+_COPIED = (PREPROCESSING, "LICENSE", "README.md", "loss_curve.png", "preference_curves.png")
 _TOKENIZER = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 KINDS = {
     "internvl_chat": Kind(
@@ -112,7 +68,6 @@ KINDS = {
         copied=(*VOCABULARIES, *_TOKENIZER, "generation_config.json", "chat_template.jinja", *_COPIED),
         loads=("processing_auto.AutoProcessor", "tokenization_auto.AutoTokenizer"),
         task="image-text-to-text",
-        card=CHAT_CARD,
     ),
     "intern_vit_6b": Kind(  # the released name for every size
         auto_map={
@@ -125,9 +80,12 @@ KINDS = {
         copied=_COPIED,
         loads=("image_processing_auto.AutoImageProcessor",),
         task="image-feature-extraction",
-        card=ENCODER_CARD,
     ),
 }
+
+
+# Files that a push may have written and that change how a checkpoint loads: deleted where a later one lacks them.
+_OWNED = frozenset({"processor_config.json"}.union(*(kind.copied for kind in KINDS.values())))
 
 
 class CheckpointError(FileNotFoundError):
@@ -143,7 +101,7 @@ class HubCodeError(ImportError):
 
 
 class VerificationError(RuntimeError):
-    """The gathered folder does not load on its own."""
+    """The gathered folder does not load on its own, or computes something else than the checkpoint."""
 
 
 def relative_imports(path: Path) -> list[str]:
@@ -225,8 +183,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
         looked_for = f"{single.name} and {index.name}"
         raise CheckpointError(f"{checkpoint} has no weights: looked for {looked_for}.{_hint(checkpoint)}")
     names = sorted(set(read_json(index)["weight_map"].values()))
-    if paths := [name for name in names if Path(name).name != name]:
-        raise LayoutError(f"{index} names shards outside its folder: {', '.join(paths)}")
+    if strange := [name for name in names if not _SHARD.fullmatch(name)]:
+        raise LayoutError(f"{index} names shards that are no safetensors files of its folder: {strange}")
     if missing := [name for name in names if not (checkpoint / name).is_file()]:
         raise CheckpointError(f"{checkpoint} lacks shards that {index.name} names: {', '.join(missing)}")
     return [*(checkpoint / name for name in names), index]
@@ -350,7 +308,7 @@ def gather(
     *,
     code_root: str | Path = CODE_ROOT,
     overwrite: bool = False,
-    **card: str | None,
+    **card: Any,
 ) -> list[Path]:
     """Make `folder` a self-contained copy of a checkpoint that ``trust_remote_code=True`` loads.
 
@@ -362,8 +320,7 @@ def gather(
         folder: where to gather; must be absent or empty.
         code_root: the folder that holds the Hub files.
         overwrite: replace a folder that an earlier call made; any other is refused all the same.
-        card: ``repo_id``, ``license`` and ``base_model`` for the model card, which is written only if the checkpoint
-            has no ``README.md``.
+        card: ``repo_id``, ``license``, ``base_model`` and ``evaluations`` for the model card (see `write_card`).
 
     Returns:
         The gathered files, sorted.
@@ -389,7 +346,7 @@ def gather(
     return _uploaded(folder)
 
 
-def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str | None]) -> None:
+def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, Any]) -> None:
     config = read_json(checkpoint / "config.json")
     kind = kind_of(checkpoint, config)
     config["auto_map"] = complete_auto_map(config.get("auto_map") or {}, kind.auto_map, code_root)
@@ -410,8 +367,7 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, str |
         processor = checkpoint / "processor_config.json"
         saved = read_json(processor) if processor.is_file() else derive_processor(staged)
         write_json(staged / processor.name, processor_config(saved))
-    if not (staged / "README.md").exists():
-        (staged / "README.md").write_text(model_card(kind=kind, **card), encoding="utf-8")
+    write_card(staged / "README.md", checkpoint, kind.task, **card)
     (staged / MARKER).touch()
 
 
@@ -459,19 +415,49 @@ def _uploaded(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name != MARKER)
 
 
-def model_card(kind: Kind, repo_id: str, license: str | None = None, base_model: str | None = None) -> str:
-    """Return the text of a model card: metadata and usage examples."""
-    from huggingface_hub import ModelCardData
+def write_card(
+    path: Path,
+    checkpoint: Path,
+    task: str,
+    repo_id: str,
+    license: str | None = None,
+    base_model: str | Sequence[str] | None = None,
+    evaluations: Sequence[str | Path] = (),
+) -> None:
+    """Write the model card, or add to the metadata of the checkpoint's own, whose text stays.
 
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=kind.task,
-        tags=["internvl", "custom_code"],
-        license=license,
-        base_model=base_model,
-    )
-    name, text = repo_id.rpartition("/")[2], kind.card.format(repo_id=repo_id)
-    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}"
+    Args:
+        path: of the card.
+        checkpoint: may be the output folder of a training run, which the card then describes.
+        task: the Hub's name of what the model does.
+        repo_id, license, base_model: as the Hub names them.
+        evaluations: ``report.json`` files of ``internvl eval``.
+
+    Raises:
+        LayoutError: evaluations are given, and `publishing/` is not beside this file; or one cannot be published.
+    """
+    more = {"license": license, "base_model": base_model}
+    if cards := _companion("cards"):
+        try:
+            cards.write(path, checkpoint, task, repo_id, evaluations=evaluations, **more)
+        except ValueError as error:
+            raise LayoutError(str(error)) from error
+    elif evaluations:
+        raise LayoutError("evaluations in the model card need the folder publishing/ beside upload_to_hub.py")
+    elif not path.exists():
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["internvl", "custom_code"], **more)
+        path.write_text(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n", encoding="utf-8")
+
+
+def _companion(name: str, needed: bool = False) -> Any:
+    """A module of `publishing/`; where this file lies alone None, or an ImportError."""
+    if not (CODE_ROOT / "publishing" / f"{name}.py").is_file():
+        if needed:
+            raise ImportError(f"uploading needs the folder publishing/ in {CODE_ROOT}; --folder works without it")
+        return None
+    return import_module(f"{__package__}.publishing.{name}" if __package__ else f"publishing.{name}")
 
 
 _DERIVE = """
@@ -533,74 +519,62 @@ def push(
     checkpoint: str | Path,
     repo_id: str,
     *,
-    private: bool = True,
     token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     dry_run: bool = False,
     check: bool = False,
     commit_message: str = "Upload model and code",
+    license: str | None = None,
+    base_model: str | Sequence[str] | None = None,
+    evaluations: Sequence[str | Path] = (),
+    inspect: Callable[[Path], Any] | None = None,
     code_root: str | Path = CODE_ROOT,
     api: Any = None,
-    **card: str | None,
-) -> list[Path]:
-    """Gather a checkpoint into a temporary folder and upload that in one commit.
-
-    A model card that the repository already has is kept.
+    **where: Any,
+) -> Any:
+    """Gather a checkpoint into a temporary folder and upload that in one commit; needs `publishing/`.
 
     Args:
-        checkpoint, code_root, card: as for `gather`.
+        checkpoint, code_root: as for `gather`.
         repo_id: ``user/name``; created if it does not exist.
-        private: for a new repository; an existing one keeps its visibility.
         token: access token; by default the one of ``hf auth login``.
-        revision: branch to commit to, created if it does not exist.
-        create_pr: open a pull request instead of committing.
         dry_run: only print what would be uploaded; no request is made.
         check: `verify` the folder first.
+        commit_message: of the commit.
+        license, base_model, evaluations: for the model card, see `write_card`.
+        inspect: called with the gathered folder before anything is sent; what it raises stops the upload.
         api: stands in for ``huggingface_hub.HfApi(token=token)``.
+        where: ``private`` (default: True), ``revision``, ``create_pr``, ``parent_commit``, ``tag``, ``replace_card``,
+            as for `publishing.hub.commit`.
 
     Returns:
-        The names of the uploaded files, as relative paths.
+        A `publishing.hub.Published`: names of the files, commit, addresses.
+
+    Raises:
+        SecretError: a file holds what looks like a credential.
+        ConflictError: the branch is not, or no longer, where it was expected, or the tag exists.
+        UploadError: the connection broke; calling again completes the upload.
+        and what `gather` raises.
     """
-    with _beside(Path(checkpoint)) as temporary:
+    hub, secrets = _companion("hub", needed=True), _companion("secrets_check", needed=True)
+    hub.check_repo_id(repo_id)
+    card = {"repo_id": repo_id, "license": license, "base_model": base_model, "evaluations": evaluations}
+    with beside(Path(checkpoint)) as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
-        files = gather(checkpoint, folder, code_root=code_root, repo_id=repo_id, **card)
+        files = gather(checkpoint, folder, code_root=code_root, **card)
+        secrets.refuse_secrets(files)
         if check:
             print(verify(folder))
-        for file in files:
-            print(f"{file.stat().st_size:>15,}  {file.name}")
-        if not dry_run:
-            ignored = _prepare(api := api or _hf_api(token), repo_id, private, revision, create_pr)
-            files = [file for file in files if file.name not in ignored]
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-                ignore_patterns=[MARKER, *ignored],
-            )
-    return [Path(file.name) for file in files]
-
-
-def _hf_api(token: str | None) -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(token=token)
-
-
-def _prepare(api: Any, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> list[str]:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if not api.file_exists(repo_id, "README.md", revision=revision):
-        return []
-    print("The repository keeps its README.md.")
-    return ["README.md"]
+        if inspect is not None:
+            inspect(folder)
+        hub.show(files, Path(checkpoint))
+        if dry_run:
+            return hub.Published(tuple(Path(file.name) for file in files))
+        api = api or hub.hub_api(token)
+        return hub.commit(files, repo_id, api=api, owned=_OWNED, message=commit_message, **where)
 
 
 @contextmanager
-def _beside(checkpoint: Path) -> Iterator[str]:
+def beside(checkpoint: Path) -> Iterator[str]:
     """A temporary folder on the checkpoint's file system, so that weights can be linked; elsewhere if read-only."""
     parent = checkpoint.resolve().parent
     writable = os.access(parent, os.W_OK)
@@ -629,22 +603,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--public", action="store_true", help="with --repo: a new repository is public")
     parser.add_argument("--revision", help="with --repo: branch to commit to")
     parser.add_argument("--create-pr", action="store_true", help="with --repo: open a pull request")
+    parser.add_argument("--parent-commit", help="with --repo: refuse unless the branch is at this commit")
+    parser.add_argument("--tag", help="with --repo: name the commit")
+    parser.add_argument("--replace-card", action="store_true", help="with --repo: replace the README.md that is there")
     parser.add_argument("--message", default="Upload model and code", help="with --repo: commit message")
     parser.add_argument("--license", help="licence identifier for the model card")
-    parser.add_argument("--base-model", help="base model identifier for the model card")
+    parser.add_argument("--base-model", action="append", help="base model of the model card; may be repeated")
+    parser.add_argument("--eval", action="append", default=[], metavar="FILE", help="report.json of an evaluation")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code, 1 after a one-line message for what the user can mend."""
     arguments = build_parser().parse_args(argv)
-    card = {"license": arguments.license, "base_model": arguments.base_model}
+    card = {"license": arguments.license, "base_model": arguments.base_model, "evaluations": arguments.eval}
     try:
         if arguments.folder:
             gather(arguments.checkpoint, arguments.folder, overwrite=arguments.overwrite, **card)
             print(verify(arguments.folder) if arguments.verify else f"gathered {arguments.folder}")
         else:
-            push(
+            done = push(
                 arguments.checkpoint,
                 arguments.repo,
                 private=not arguments.public,
@@ -653,9 +631,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run=arguments.dry_run,
                 check=arguments.verify,
                 commit_message=arguments.message,
+                parent_commit=arguments.parent_commit,
+                tag=arguments.tag,
+                replace_card=arguments.replace_card,
                 **card,
             )
-    except (OSError, LayoutError, HubCodeError, VerificationError) as error:
+            print(f"committed: {done.pull_request or done.url}" if done.commit else "dry run: nothing was sent")
+    except (OSError, ValueError, ImportError, VerificationError) as error:
         print(f"internvl-upload: {error}", file=sys.stderr)
         return 1
     return 0

@@ -32,7 +32,10 @@ def _describe(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from ..conversion.doctor import run
 
-    return run(options.checkpoint, options.fix, options.golden, options.json)
+    from ..conversion.serving import ENGINES
+
+    engines = tuple(options.serving or ENGINES) if options.serving is not None else ()
+    return run(options.checkpoint, options.fix, options.golden, options.json, engines)
 
 
 def _upgrade(options: argparse.Namespace) -> int:
@@ -72,6 +75,18 @@ def _upload(arguments: Sequence[str]) -> int:
     from ..upload_to_hub import main as upload
 
     return upload(arguments)
+
+
+def _push(arguments: Sequence[str]) -> int:
+    from ..publishing.command import push_main
+
+    return push_main(arguments)
+
+
+def _page(arguments: Sequence[str]) -> int:
+    from .page_command import page_main
+
+    return page_main(arguments)
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -124,7 +139,9 @@ _DELEGATED: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model as a recipe says"),
     "eval": (_eval, "ask a model the questions of a file and score its answers"),
     "pairs": (_pairs, "make preference pairs from a model's own answers"),
+    "push": (_push, "publish a checkpoint on the Hub, load it back and compare"),
     "upload": (_upload, "gather a checkpoint with its code into a folder, or publish it on the Hub"),
+    "page": (_page, "chat with a model about images and videos in the browser"),
     "demo": (_demo, "answer questions about example images with the bundled tiny model"),
 }
 
@@ -173,6 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy")
     doctor.add_argument("--golden", type=Path, metavar="FOLDER", help="write reference ids and pixel hashes")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.add_argument(
+        "--serving", nargs="*", metavar="ENGINE", help="also whether these can serve it: vllm, lmdeploy, sglang (all)"
+    )
 
     upgrade = _command(
         commands, "upgrade", _upgrade, "write a copy that loads on transformers 5 with this package's code",

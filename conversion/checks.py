@@ -39,7 +39,7 @@ class Finding:
     """One thing that was found.
 
     Attributes:
-        area: One of `AREAS`.
+        area: One of `AREAS`, or "serving".
         level: "ok", "note" (works, but worth knowing) or "problem".
         message: What and in which file.
         fix: What to do; empty where nothing needs to be done.

@@ -10,6 +10,7 @@ import json
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .checks_template import check_template
 from .checks_tokenizer import check_tokenizer
 from .checks_weights import check_family, check_weights
 from .folders import resolve
+from .serving import known_engines, serving_findings
 
 __all__ = ["Diagnosis", "Finding", "inspect", "run"]
 
@@ -91,17 +93,20 @@ def _wrapped(text: str, first: str, rest: str) -> list[str]:
     )
 
 
-def inspect(name_or_path: str | Path, **hub_options: Any) -> Diagnosis:
+def inspect(name_or_path: str | Path, serving: Sequence[str] = (), **hub_options: Any) -> Diagnosis:
     """Looks a checkpoint over without reading weights or running any code of it.
 
     Args:
         name_or_path: A folder, or a Hub repository, of which only the small files and the weights' headers are
             fetched.
+        serving: Inference engines (`serving.ENGINES`) that it is also held against, in an area "serving".
         **hub_options: `revision`, `cache_dir`, `token`, `local_files_only`.
 
     Raises:
         CheckpointError: there is no such folder or repository, or no readable configuration in it.
+        ValueError: unknown engine.
     """
+    engines = known_engines(serving)
     folder = resolve(name_or_path, weights=False, **hub_options)
     weights = scan_weights(folder)
     if weights.problems and not Path(name_or_path).is_dir():
@@ -109,6 +114,7 @@ def inspect(name_or_path: str | Path, **hub_options: Any) -> Diagnosis:
     with quiet():
         subject = Subject.open(folder, weights)
         findings = [finding for area in _CHECKS for finding in _checked(area, subject)]
+        findings += serving_findings(subject, engines) if engines else []
     return Diagnosis(str(name_or_path), findings)
 
 
@@ -156,7 +162,13 @@ def _refuse() -> Any:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def run(path: str | Path, fix: Path | None = None, golden: Path | None = None, json: bool = False) -> int:
+def run(
+    path: str | Path,
+    fix: Path | None = None,
+    golden: Path | None = None,
+    json: bool = False,
+    serving: Sequence[str] = (),
+) -> int:
     """Inspects a checkpoint, prints what was found, and on request repairs it or writes reference data.
 
     Args:
@@ -164,6 +176,7 @@ def run(path: str | Path, fix: Path | None = None, golden: Path | None = None, j
         fix: Where to write a repaired copy (`convert.upgrade`), which is then inspected too.
         golden: Where to write reference prompts and pixels (`golden.golden`), of the repaired copy if there is one.
         json: Print one JSON object instead of tables; repairs and reference data are listed in it.
+        serving: Inference engines to hold it against, as of `inspect`.
 
     Returns:
         0: healthy (after `fix`: the copy is); 1: there are problems, or something could not be written; 2: cannot be
@@ -171,14 +184,14 @@ def run(path: str | Path, fix: Path | None = None, golden: Path | None = None, j
     """
     report: dict[str, Any] = {}
     try:
-        diagnosis = inspect(path)
-    except CheckpointError as error:
+        diagnosis = inspect(path, serving)
+    except (CheckpointError, ValueError) as error:
         return _fail(str(error), NOT_INSPECTED, {"path": str(path), "healthy": False}, json)
     report |= diagnosis.to_dict()
     _say(diagnosis.table(), json)
     try:
         if fix is not None:
-            diagnosis = _fixed(path, fix, report, json)
+            diagnosis = _fixed(path, fix, report, json, serving)
         if golden is not None:
             from .golden import golden as write_golden
 
@@ -191,11 +204,11 @@ def run(path: str | Path, fix: Path | None = None, golden: Path | None = None, j
     return HEALTHY if diagnosis.healthy else PROBLEMS
 
 
-def _fixed(path: str | Path, fix: Path, report: dict[str, Any], json: bool) -> Diagnosis:
+def _fixed(path: str | Path, fix: Path, report: dict[str, Any], json: bool, serving: Sequence[str]) -> Diagnosis:
     from .convert import upgrade
 
     done = upgrade(path, fix, progress=not json)
-    diagnosis = inspect(fix)
+    diagnosis = inspect(fix, serving)
     report["fixed"] = diagnosis.to_dict()
     _say(f"\n{done}\n\n{diagnosis.table()}", json)
     return diagnosis

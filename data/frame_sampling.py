@@ -1,8 +1,8 @@
 """Which frames of a video are shown: pure functions of numbers.
 
-Two families of rules: `segment_indices` is what InternVL does at inference, `training_indices` what it does in
-training. Nothing here opens a file (`video` does), and nothing draws from a global random state. The part of a video
-that a row names is `clips`, the lines that announce frames are `frame_prompts`.
+Two families of rules: `segment_indices`, of `frames_internvl.py`, is what InternVL does at inference,
+`training_indices` what it does in training. Nothing here opens a file (`video` does), and nothing draws from a global
+random state. The part of a video that a row names is `clips`, the lines that announce frames are `frame_prompts`.
 """
 
 from __future__ import annotations
@@ -11,54 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .clips import Clip, check_clip, check_positive, clip_range, frame_at
-
-# ----------------------------------------------------------------------------------------------------------- inference
-
-
-def segment_indices(
-    frames: int,
-    segments: int,
-    fps: float | None = None,
-    bound: Clip | None = None,
-    first_index: int = 0,
-    *,
-    timestamps: Sequence[float] | None = None,
-) -> np.ndarray:
-    """The middle of each of `segments` equal parts (original: `get_index` of the model cards and of its MVBench).
-
-    With start = max(first_index, round(s fps)), end = min(round(e fps), frames - 1) and part = (end - start) /
-    segments, frame k is int(start + part / 2 + round(part k)), where rounding takes halves to even. A video shorter
-    than `segments` repeats frames.
-
-    Args:
-        frames: Number of frames of the video.
-        segments: How many indices to return.
-        fps: Frames per second; only `bound` needs it.
-        bound: Start and end in seconds; None for the whole video. An end past the video counts as its end.
-        first_index: Lowest frame allowed.
-        timestamps: Seconds of every frame where the rate varies; they replace `fps` in placing the bound.
-
-    Returns:
-        Ascending indices, int64 of shape (segments,).
-
-    Raises:
-        ValueError: an argument is out of range, or the bound lies outside the video.
-    """
-    check_positive(frames=frames, segments=segments)
-    start, end = first_index, frames - 1
-    if bound is not None:
-        low, high = check_clip(bound)
-        start = max(start, round(frame_at(low, fps, timestamps)))
-        end = end if high == np.inf else min(end, round(frame_at(high, fps, timestamps)))
-    if not 0 <= start <= end:
-        raise ValueError(
-            f"bound={bound} and first_index={first_index} give the frames {start} to {end} of a video of {frames}; "
-            "choose them inside the video"
-        )
-    part = (end - start) / segments
-    return (start + part / 2 + np.round(part * np.arange(segments))).astype(np.int64)
-
+from ..frames_internvl import Clip, check_positive, clip_range
+from ..frames_internvl import segment_indices as segment_indices
 
 # ------------------------------------------------------------------------------------------------------------ training
 

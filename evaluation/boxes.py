@@ -1,28 +1,28 @@
 """Boxes in text: reading them, their overlap, and the rule by which RefCOCO answers are scored.
 
-`parse_boxes` is strict: whole numbers, which InternVL writes in 0-1000. `read_boxes` takes what models of other habits
-write: decimals, nested or missing brackets' partners, any scale. Whatever stands in a text, reading it is no error.
+`parse_boxes` is strict: whole numbers, which InternVL writes in 0-1000. `read_boxes` (`grounding_internvl.py`) takes
+what models of other habits write: decimals, nested or missing brackets' partners, any scale. Whatever stands in a
+text, reading it is no error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
-Box = tuple[float, float, float, float]
+from ..grounding_internvl import Box as Box
+from ..grounding_internvl import read_boxes as read_boxes
+from ..grounding_internvl import relative_box as relative_box
 
 NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 GROUNDING_HIT = 0.5  # least IoU of a correct answer, inclusive
 
 _NUMBER = r"\s*(\d{1,4})\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]", re.ASCII)
-_DECIMAL = r"\s*(-?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20}))\s*"
-_ANY_BOX = re.compile(rf"\[{_DECIMAL},{_DECIMAL},{_DECIMAL},{_DECIMAL}\]", re.ASCII)
 
 
 def parse_boxes(text: str) -> list[Box]:
     """Boxes [x1, y1, x2, y2] in `text`, in order, those without area left out; [] where there is none."""
-    boxes = [_as_box(match.groups()) for match in _BOX.finditer(text)]
+    boxes = [tuple(map(float, match.groups())) for match in _BOX.finditer(text)]
     return [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
 
 
@@ -33,20 +33,6 @@ def box_iou(first: Box, second: Box) -> float:
     shared = max(0.0, width) * max(0.0, height)
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - shared
     return shared / union if union > 0 else 0.0
-
-
-def read_boxes(text: str) -> list[Box]:
-    """All groups of four numbers in square brackets, in order, as they are written (0-1, 0-1000 or pixels).
-
-    Nested brackets, `<box>` tags and text around them do not matter. Boxes without area are kept: what they are worth
-    is the caller's to say.
-    """
-    return [_as_box(match.groups()) for match in _ANY_BOX.finditer(text)]
-
-
-def relative_box(box: Box) -> Box:
-    """A box in 0-1: divided by 1000 where its four numbers sum to 4 or more (rule of chat/eval/refcoco)."""
-    return _as_box(value / 1000 for value in box) if sum(box) >= 4 else box
 
 
 def grounding_box(text: str, width: float, height: float) -> Box:
@@ -67,8 +53,3 @@ def grounding_box(text: str, width: float, height: float) -> Box:
 def grounding_hit(text: str, gold: Box, width: float, height: float, threshold: float = GROUNDING_HIT) -> bool:
     """Precision at 1 of RefCOCO for one answer: IoU with `gold` (xyxy, pixels) of at least `threshold`."""
     return box_iou(grounding_box(text, width, height), gold) >= threshold
-
-
-def _as_box(values: Iterable[str | float]) -> Box:
-    x1, y1, x2, y2 = map(float, values)
-    return x1, y1, x2, y2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..reasoning_internvl import THINKING_SYSTEM_PROMPT as THINKING_SYSTEM_PROMPT
 from .answers import STYLES
 
 LANGUAGES = ("auto", "en", "zh")
@@ -21,18 +22,6 @@ SHORT_ANSWER_INSTRUCTIONS = (
     "Please answer Yes or No.",
     "Only give the best option.",
     "请直接回答选项字母。",
-)
-
-# The "R1" system prompt of the InternVL 3.5 model card, to the letter: models were trained and measured with it.
-THINKING_SYSTEM_PROMPT = (
-    "You are an AI assistant that rigorously follows this response protocol:\n\n"
-    "1. First, conduct a detailed analysis of the question. Consider different angles, potential solutions, and "
-    "reason through the problem step-by-step. Enclose this entire thinking process within <think> and </think> "
-    "tags.\n\n"
-    "2. After the thinking section, provide a clear, concise, and direct answer to the user's question. Separate the "
-    "answer from the think section with a newline.\n\n"
-    "Ensure that the thinking process is thorough but remains focused on the query. The final answer should be "
-    "standalone and not reference the thinking section."
 )
 
 _TEMPLATES = {

@@ -179,11 +179,15 @@ def test_bad_messages(messages: list, match: str) -> None:
         conversation_from_messages(get_template("internvl2_5"), messages)
 
 
-@pytest.mark.parametrize("role", ["tool", "system"])
-def test_jinja_refuses_the_same_roles(role: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "role"), [("internlm2-chat", "tool"), ("internvl2_5", "system"), ("internvl2_5", "narrator")]
+)
+def test_jinja_refuses_the_same_roles(template: str, role: str) -> None:
     messages = [{"role": "user", "content": "x"}, {"role": role, "content": "y"}]
     with pytest.raises(Exception, match=f"misplaced role: {role}"):
-        render(chat_template(get_template("internvl2_5")), messages)
+        render(chat_template(get_template(template)), messages)
+    with pytest.raises(TemplateError, match=f"Message 1 has role '{role}'"):
+        conversation_from_messages(get_template(template), messages)
 
 
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:

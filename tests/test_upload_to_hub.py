@@ -19,6 +19,7 @@ from internvl_hub import upload_to_hub as upload
 from internvl_hub.conversion.intern_vit import extract_encoder
 from internvl_hub.image_processing_internvl import InternVLImageProcessor
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
+from internvl_hub.publishing.hub import Published
 from internvl_hub.upload_to_hub import CheckpointError, HubCodeError, LayoutError, VerificationError, gather, push
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,57 +344,34 @@ def test_foreign_folders_are_never_replaced(checkpoint: Path, code_root: Path, t
 # Publishing
 
 
-class FakeApi:
-    """Records calls as `HfApi` would receive them, and what lies in the folder at that moment."""
-
-    def __init__(self, existing: tuple[str, ...] = ()) -> None:
-        self.existing, self.calls, self.uploaded = existing, [], set()
-
-    def create_repo(self, repo_id: str, **options: object) -> None:
-        self.calls.append(("create_repo", repo_id, options))
-
-    def create_branch(self, repo_id: str, **options: object) -> None:
-        self.calls.append(("create_branch", repo_id, options))
-
-    def file_exists(self, repo_id: str, filename: str, **_: object) -> bool:
-        return filename in self.existing
-
-    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **options: object) -> None:
-        self.calls.append(("upload_folder", options["repo_id"], options))
-        self.uploaded = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
-
-
-def test_push_uploads_once_to_a_private_repository(checkpoint: Path, code_root: Path) -> None:
-    api = FakeApi()
-    files = push(checkpoint, "user/name", code_root=code_root, api=api, commit_message="first")
-    assert [call[0] for call in api.calls] == ["create_repo", "upload_folder"]
-    assert api.calls[0][2] == {"private": True, "exist_ok": True}
-    assert api.calls[1][2]["commit_message"] == "first"
-    assert api.uploaded == {path.name for path in files} == CLOSURE | DATA
+def test_dry_run_needs_no_client(checkpoint: Path, code_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Uploads are tried in `publishing/`, against a server."""
+    done = push(checkpoint, "user/name", code_root=code_root, dry_run=True)
+    assert {path.name for path in done.files} == CLOSURE | DATA and done.commit is None
+    assert re.search(r"^ +7  model.safetensors$", capsys.readouterr().out, flags=re.MULTILINE)
     assert _names(checkpoint.parent) == {"checkpoint", "code"}  # nothing temporary stays
 
 
-def test_push_keeps_the_repository_card(checkpoint: Path, code_root: Path) -> None:
-    api = FakeApi(existing=("README.md",))
-    files = push(checkpoint, "user/name", code_root=code_root, api=api)
-    assert api.uploaded == {path.name for path in files} == (CLOSURE | DATA) - {"README.md"}
+def test_inspection_stops_a_push(checkpoint: Path, code_root: Path) -> None:
+    def refuse(folder: Path) -> None:
+        assert _names(folder) == CLOSURE | DATA
+        raise VerificationError("not good enough")
+
+    with pytest.raises(VerificationError, match="not good enough"):
+        push(checkpoint, "user/name", code_root=code_root, inspect=refuse, api=object())
 
 
-@pytest.mark.parametrize(("create_pr", "branches"), [(False, 1), (True, 0)])
-def test_push_to_a_branch_or_a_pull_request(checkpoint: Path, code_root: Path, create_pr: bool, branches: int) -> None:
-    api = FakeApi()
-    push(checkpoint, "user/name", code_root=code_root, api=api, private=False, revision="next", create_pr=create_pr)
-    assert sum(call[0] == "create_branch" for call in api.calls) == branches
-    options = api.calls[-1][2]
-    assert (options["revision"], options["create_pr"]) == ("next", create_pr)
-    assert api.calls[0][2]["private"] is False
-
-
-def test_dry_run_asks_nothing(checkpoint: Path, code_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    api = FakeApi()
-    files = push(checkpoint, "user/name", code_root=code_root, api=api, dry_run=True)
-    assert api.calls == [] and {path.name for path in files} == CLOSURE | DATA
-    assert re.search(r"^ +7  model.safetensors$", capsys.readouterr().out, flags=re.MULTILINE)
+def test_alone_it_gathers_and_says_what_uploading_needs(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    """Only Hub files are beside the script: no package, no `publishing/`, no torch."""
+    shutil.copyfile(ROOT / "upload_to_hub.py", code_root / "upload_to_hub.py")
+    block = "import sys, runpy; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'internvl_hub'])); "
+    run = f"{block}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", run, str(code_root / "upload_to_hub.py"), str(checkpoint)]
+    done = subprocess.run([*command, "--folder", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and _names(tmp_path / "out") == CLOSURE | DATA, done.stderr
+    assert "pipeline_tag: image-text-to-text" in (tmp_path / "out" / "README.md").read_text()
+    done = subprocess.run([*command, "--repo", "a/b", "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "uploading needs the folder publishing/" in done.stderr
 
 
 # Command line
@@ -407,12 +385,19 @@ def test_command_line_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.
 
 def test_command_line_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(upload, "push", lambda *args, **options: seen.update(options, args=args))
+
+    def fake(*args: str, **options: object) -> Published:
+        seen.update(options, args=args)
+        return Published(())
+
+    monkeypatch.setattr(upload, "push", fake)
     flags = "--public --revision r --create-pr --dry-run --verify --message m --license mit --base-model b/m"
-    assert upload.main(["c", "--repo", "u/n", *flags.split()]) == 0
+    more = "--base-model c/n --eval e.json --parent-commit abc --tag v1 --replace-card"
+    assert upload.main(["c", "--repo", "u/n", *flags.split(), *more.split()]) == 0
     assert seen == {
         "args": ("c", "u/n"), "private": False, "revision": "r", "create_pr": True, "dry_run": True, "check": True,
-        "commit_message": "m", "license": "mit", "base_model": "b/m",
+        "commit_message": "m", "license": "mit", "base_model": ["b/m", "c/n"], "evaluations": ["e.json"],
+        "parent_commit": "abc", "tag": "v1", "replace_card": True,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from internvl_hub.data import video_container
+from internvl_hub import video_container_internvl as video_container
 from internvl_hub.data.frame_sampling import segment_indices, training_indices
 from internvl_hub.data.video import VideoLoadError, probe_video, read_frames
 

@@ -1,7 +1,7 @@
 """Videos that Pillow reads: folders of frames and animations (GIF, APNG, WebP); and what every video source shares.
 
-A source has an `info` and gives the pictures of some frames. Films are in `video_container`, the functions to call in
-`video`. PyAV is not needed here.
+A source has an `info` and gives the pictures of some frames. Films are in `video_container_internvl.py`, the
+functions to call in `video_internvl.py`. PyAV is not needed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..tiling_internvl import ImageLoadError, load_image, to_rgb
+from .tiling_internvl import ImageLoadError, load_image, to_rgb
 
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """Files of a folder that count as frames; case does not matter."""

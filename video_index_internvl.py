@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .video_film import FIX_FILE
-from .video_sources import VideoLoadError
+from .video_film_internvl import FIX_FILE
+from .video_sources_internvl import VideoLoadError
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Access to films through PyAV: opening, packets, decoding, upright pictures.
 
-Which packets make which frame is not known here; `video_container` says it. PyAV is imported on first use.
+Which packets make which frame is not known here; `video_container_internvl.py` says it. PyAV is imported on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .video_sources import VideoLoadError
+from .video_sources_internvl import VideoLoadError
 
 logger = logging.getLogger(__name__)
 

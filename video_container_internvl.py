@@ -1,8 +1,9 @@
 """Films (mp4, mkv, webm, avi, mpeg-ts, ...) through PyAV: which frames there are, and exactly those asked for.
 
-The time stamps of all packets, which are read without decoding, say where the frames lie (`video_index`); then only
-the pictures between a wanted frame and the keyframe before it are decoded. A film without usable time stamps is
-decoded from its start and counted. How films are opened is in `video_film`.
+The time stamps of all packets, which are read without decoding, say where the frames lie
+(`video_index_internvl.py`); then only the pictures between a wanted frame and the keyframe before it are decoded. A
+film without usable time stamps is decoded from its start and counted. How films are opened is in
+`video_film_internvl.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .video_film import FIX_FILE, Film, upright
-from .video_index import FrameIndex, Keyframe, Packet, index_packets
-from .video_sources import VideoInfo, VideoLoadError, timed_info
+from .video_film_internvl import FIX_FILE, Film, upright
+from .video_index_internvl import FrameIndex, Keyframe, Packet, index_packets
+from .video_sources_internvl import VideoInfo, VideoLoadError, timed_info
 
 __all__ = ["TAIL_SHARE", "ContainerSource", "tail_allowance", "timed_info"]
 
