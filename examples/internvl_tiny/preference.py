@@ -75,7 +75,9 @@ def make_pairs(folder: Path, count: int, checkpoint: Path) -> Path:
     made = make_correctness_pairs(sources, plan, caps=Caps(2, 1))
     single = Sampling(temperature=0.7, top_k=50, max_new_tokens=SAMPLING.max_new_tokens, seed=SAMPLING.seed)
     plan = SamplingPlan(folder / "pairs", engine, single, style="direct", batch_size=BATCH_SIZE)
-    made = make_dropout_pairs(sources, plan)
+    # Without a picture it mostly introduces itself: a few such answers are enough to learn from, and the chosen ones
+    # are those of the data, since a sampled answer may be wrong.
+    made = make_dropout_pairs(read_sources([questions], str(folder / "images"), limit=count // 5), plan, True)
     if made.meta is None:
         raise RuntimeError(f"no pair came out of {count} questions; see {folder / 'pairs'}")
     return made.meta
