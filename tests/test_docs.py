@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from documentation import BLOCK, BUILD, LOAD, blocks_of, prepare_workplace, run_blocks
 
-from internvl_hub.app import data_commands, estimate_command, eval_command, pairs_command, training_commands
+from internvl_hub.app import (
+    data_commands,
+    estimate_command,
+    eval_command,
+    page_command,
+    pairs_command,
+    training_commands,
+)
 from internvl_hub.app.cli import build_parser
+from internvl_hub.publishing import command as push_command
 from internvl_hub.tests.conftest import ROOT
 from internvl_hub.training.recipes import find_recipe
 
@@ -68,6 +76,8 @@ PARSERS = {
     "train": training_commands._parser,
     "eval": eval_command._parser,
     "pairs": pairs_command._parser,
+    "page": page_command.build_parser,
+    "push": push_command.build_parser,
 }
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 COMMANDS = [
