@@ -10,10 +10,10 @@ DEMO_EXTRA ?= tiny
 WORKERS ?= 2
 
 .PRECIOUS: $(VENV)/.installed-%
-.PHONY: help demo test test-lowest lint typecheck tiny bench clean
+.PHONY: help demo test test-lowest test-page lint typecheck tiny bench clean
 
 help:
-	@echo "make demo | test | test-lowest | lint | typecheck | tiny | bench | clean"
+	@echo "make demo | test | test-lowest | test-page | lint | typecheck | tiny | bench | clean"
 
 demo: $(VENV)/.installed-$(DEMO_EXTRA)
 	$(RUN) internvl_hub.app.demo
@@ -24,6 +24,11 @@ test: $(VENV)/.installed-dev
 # The same on the lowest supported versions, in an environment of their own.
 test-lowest:
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# The page in a browser: needs Chromium on the machine, and an environment of its own, as Gradio wants an older Pillow.
+test-page:
+	@$(MAKE) --no-print-directory .venv-page/.installed-page VENV=.venv-page CONSTRAINTS=constraints-page.txt
+	OMP_NUM_THREADS=1 .venv-page/bin/python -m pytest tests/browser -q -rs
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
@@ -45,7 +50,7 @@ bench: $(VENV)/.installed-dev
 	done
 
 clean:
-	rm -rf .venv .venv-lowest build dist .typecheck .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .venv-page build dist .typecheck .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that its pinned build is settled before anything that depends on it is resolved.

@@ -595,7 +595,8 @@ class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedMode
             done = _cached(input_ids, kwargs.get("past_key_values"), self.img_context_token_id)
             embeds = None if done else self.embed_prompt(input_ids, visual_features=visual_features, **images)
             kwargs["inputs_embeds"] = embeds
-            if hasattr(kwargs.get("assistant_model"), "embed_prompt"):  # a draft model that looks for itself
+            drafting = getattr(generation_config, "is_assistant", False)
+            if drafting or hasattr(kwargs.get("assistant_model"), "embed_prompt"):  # draft models look for themselves
                 kwargs |= {name: value for name, value in images.items() if value is not None}
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
@@ -615,6 +616,9 @@ class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedMode
 
         (With embeddings as input, and so with images, transformers always uses a cache.)
         """
+        looking = kwargs.get("pixel_values") is not None and inputs_embeds is not None and past_key_values is not None
+        if looking and not is_first_iteration and int(past_key_values.get_seq_length()) == 0:
+            is_first_iteration = True  # transformers says no to a draft model, whose calls share a cache
         if past_key_values is not None and (inputs_embeds is not None or not is_first_iteration):
             # The images are in the embeddings or in the cache; these are for a draft model.
             kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGES}
