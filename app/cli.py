@@ -31,7 +31,6 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from ..conversion.doctor import run
-
     from ..conversion.serving import ENGINES
 
     engines = tuple(options.serving or ENGINES) if options.serving is not None else ()

@@ -28,7 +28,7 @@ except ImportError:
     sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "internvl-tiny"
-METHODS = ("bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int8-dynamic", "torchao-int4", "quanto-int8")
+METHODS = ("bnb-int8", "bnb-nf4", "bnb-fp4", "torchao-int8", "torchao-int8-dynamic", "quanto-int8")
 GOAL = 1.0  # points
 
 
@@ -51,8 +51,6 @@ def settings(method: str, also_vision: bool = False) -> Any:
     kinds = {
         "torchao-int8": lambda: quantization.Int8WeightOnlyConfig(),
         "torchao-int8-dynamic": lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
-        # The CPU kernel packs whole groups; 32 divides every width of the tiny model.
-        "torchao-int4": lambda: quantization.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
     }
     return TorchAoConfig(kinds[method](), **listed)
 
