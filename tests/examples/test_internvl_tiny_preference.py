@@ -42,7 +42,7 @@ def test_other_questions_are_refused() -> None:
 
 
 def test_every_step_leaves_what_the_next_one_takes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    steps = ["training.max_steps=2", "training.report_to=[]", "training.disable_tqdm=true"]
+    steps = ["training.max_steps=2", "training.logging_steps=1", "training.report_to=[]", "training.disable_tqdm=true"]
     sizes = ["--questions", "24", "--samples", "2", "--seeds", "1", "2"]
     preference.main([str(tmp_path), *steps, *sizes])
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
