@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from versions import importable
+
 from internvl_hub.upload_to_hub import gather
 
 BLOCK = re.compile(r"(?P<skip><!-- not run: [^\n]*-->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -76,7 +78,7 @@ def run_blocks(blocks: list[str], folder: Path, **environment: str) -> str:
     """
     script = folder / "page.py"
     # Data loaders of examples start processes, which import the script again.
-    script.write_text("\n".join(blocks), encoding="utf-8")
+    script.write_text(importable("\n".join(blocks)), encoding="utf-8")
     settings = {**os.environ, "TQDM_DISABLE": "1", **environment}
     done = subprocess.run([sys.executable, script], cwd=folder, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
