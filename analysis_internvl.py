@@ -285,7 +285,5 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
         """(tiles, tokens, width) to pool over."""
         if source == "projector":
             return self.extract_feature(pixel_values)
-        self._check_pixel_values(pixel_values)
-        vision = self.vision_model(pixel_values=pixel_values, output_hidden_states=self.select_layer != -1)
-        states = vision.last_hidden_state if self.select_layer == -1 else vision.hidden_states[self.select_layer]
+        _, states = self._tower_states(pixel_values)
         return states[:, :1] if pooling == "cls" else states[:, 1:]

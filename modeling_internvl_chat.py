@@ -1,8 +1,8 @@
 """InternVL-Chat: InternViT, pixel shuffle, an MLP projector and a causal language model of transformers.
 
 Parameters carry their on-disk names (`vision_model.*`, `mlp1.*`, `language_model.*` with the whole causal LM inside).
-Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_internvl.py`, the loss in
-`losses_internvl.py`.
+Talking to the model (`chat`, `batch_chat`, `stream_chat`) lives in `chat_internvl.py`, `generate` in
+`decoding_internvl.py`, the loss in `supervision_internvl.py`.
 """
 
 from __future__ import annotations
@@ -36,40 +36,16 @@ from .analysis_internvl import InternVLAnalysisMixin
 from .chat_internvl import InternVLChatMixin
 from .checkpoint_internvl import scan_files
 from .configuration_internvl_chat import InternVLChatConfig
-from .losses_internvl import (
-    LabelLogProbsOutput,
-    Targets,
-    head_cross_entropy_sum,
-    head_log_probs,
-    label_log_probs,
-    normalise_loss,
-    shift_targets,
-    weighted_cross_entropy_sum,
-)
+from .decoding_internvl import InternVLDecodingMixin
+from .losses_internvl import LabelLogProbsOutput
 from .modeling_intern_vit import InternVisionModel, request_flash_attention
 from .modeling_internlm2 import InternLM2ForCausalLM, mend_dynamic_ntk
 from .native_internvl import foreign_tensors
 from .quantization_internvl import keep_vision_unquantized
 from .resuming_internvl import accept_disk_names
-from .sampling_internvl import prefill_once, shares_prompt
+from .supervision_internvl import InternVLSupervisionMixin
 
 logger = logging.get_logger(__name__)
-
-# Language models that do more to hidden states than one linear head: their logits must come from their own forward.
-_HEAD_MODIFIERS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logits_mup_width_multiplier",
-    "unpadded_vocab_size",
-)
-
-
-_IMAGES = ("pixel_values", "visual_features", "image_flags", "tile_index", "num_patches")
 
 
 class VisualTokenMismatchError(ValueError):
@@ -125,7 +101,14 @@ class HeadlessView:
         return self._model.forward_hidden(*args, **kwargs)
 
 
-class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedModel, GenerationMixin):
+class InternVLChatModel(
+    InternVLChatMixin,
+    InternVLAnalysisMixin,
+    InternVLSupervisionMixin,
+    InternVLDecodingMixin,
+    PreTrainedModel,
+    GenerationMixin,
+):
     """InternVL-Chat (1.1 to 3.5; original `modeling_internvl_chat.py`).
 
     Args:
@@ -259,11 +242,15 @@ class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedMode
         """`pixel_shuffle` in this checkpoint's version."""
         return pixel_shuffle(features, scale_factor, self.ps_version)
 
-    def _encode_tiles(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+    def _tower_states(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """The tower's output, and (tiles, 1 + patches, width) of its layer that the projector reads."""
         self._check_pixel_values(pixel_values)
         last_only = self.select_layer == -1
         vision = self.vision_model(pixel_values=pixel_values, output_hidden_states=not last_only)
-        states = vision.last_hidden_state if last_only else vision.hidden_states[self.select_layer]
+        return vision, vision.last_hidden_state if last_only else vision.hidden_states[self.select_layer]
+
+    def _encode_tiles(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        vision, states = self._tower_states(pixel_values)
         patches = states[:, 1:]
         side = round(patches.shape[1] ** 0.5)
         grid = self.pixel_shuffle(patches.reshape(patches.shape[0], side, side, -1), self.downsample_ratio)
@@ -481,168 +468,15 @@ class InternVLChatModel(InternVLChatMixin, InternVLAnalysisMixin, PreTrainedMode
         }
         inputs = {key: value for key, value in inputs.items() if value is not None}
         if output_log_probs:
-            scored = self._label_log_probs(inputs, labels)
-            return scored if return_dict in (None, True) else scored.to_tuple()
-        if labels is None:
+            outputs = self._label_log_probs(inputs, labels)
+        elif labels is None:
             outputs = self.language_model(**inputs, logits_to_keep=logits_to_keep)
-            return outputs if return_dict in (None, True) else outputs.to_tuple()
-        _check_loss_normaliser(loss_weight, num_items_in_batch)
-        targets = shift_targets(labels, loss_weight)
-        wants_logits = output_logits if output_logits is not None else not self.training
-        if wants_logits or self._needs_full_logits():
-            outputs, loss_sum = self._loss_with_logits(inputs, targets, logits_to_keep)
         else:
-            outputs, loss_sum = self._loss_without_logits(inputs, targets)
-        loss = normalise_loss(loss_sum, targets.weights, num_items_in_batch, loss_reduction_all_gather)
-        router_loss = getattr(outputs, "aux_loss", None)  # mixture of experts with llm_config.output_router_logits
-        if router_loss is not None:
-            share = 1.0 if num_items_in_batch is None else targets.weights.sum() / num_items_in_batch
-            coefficient = self.config.get_text_config().router_aux_loss_coef
-            # By its share of the global batch, so that micro-batches and ranks add up to a weighted mean.
-            loss = loss + coefficient * torch.as_tensor(share, device=loss.device) * router_loss.to(loss.device)
-        outputs = type(outputs)(**{**outputs, "loss": loss})  # anew: a loss set later would come last in a tuple
+            logits = output_logits if output_logits is not None else not self.training
+            outputs = self._supervised(
+                inputs, labels, loss_weight, num_items_in_batch, loss_reduction_all_gather, logits, logits_to_keep
+            )
         return outputs if return_dict in (None, True) else outputs.to_tuple()
-
-    def _needs_full_logits(self) -> bool:
-        """Whether the loss needs more of the language model's own forward than its head."""
-        text = self.config.get_text_config()
-        if getattr(text, "output_router_logits", False):
-            return True
-        return any(getattr(text, name, None) not in (None, 1, 1.0) for name in _HEAD_MODIFIERS)
-
-    def _label_log_probs(self, inputs: dict[str, Any], labels: torch.Tensor | None) -> LabelLogProbsOutput:
-        if labels is None:
-            raise ValueError("output_log_probs needs labels: the log-probabilities are theirs.")
-        targets = shift_targets(labels)
-        if self._needs_full_logits():
-            outputs = self.language_model(**inputs)
-            logits = targets.select(outputs.logits)
-            log_probs = label_log_probs(logits, targets.labels.to(logits.device))
-            return LabelLogProbsOutput(log_probs=log_probs, aux_loss=getattr(outputs, "aux_loss", None))
-        states = targets.select(self.language_model.get_decoder()(**inputs).last_hidden_state)
-        vocab_size = self.config.get_text_config().vocab_size
-        return LabelLogProbsOutput(
-            log_probs=head_log_probs(states, self.get_output_embeddings(), targets.labels, vocab_size)
-        )
-
-    def _loss_with_logits(
-        self, inputs: dict[str, Any], targets: Targets, logits_to_keep: int | torch.Tensor
-    ) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
-        outputs = self.language_model(**inputs)
-        logits = outputs.logits
-        rows = targets.select(logits)
-        loss_sum = weighted_cross_entropy_sum(rows, targets.labels.to(rows.device), targets.weights.to(rows.device))
-        if isinstance(logits_to_keep, torch.Tensor):
-            outputs.logits = logits[:, logits_to_keep]
-        elif logits_to_keep:
-            outputs.logits = logits[:, -logits_to_keep:]
-        return outputs, loss_sum
-
-    def _loss_without_logits(
-        self, inputs: dict[str, Any], targets: Targets
-    ) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
-        hidden = self.language_model.get_decoder()(**inputs)
-        states = targets.select(hidden.last_hidden_state)
-        vocab_size = self.config.get_text_config().vocab_size
-        loss_sum = head_cross_entropy_sum(states, self.get_output_embeddings(), targets, vocab_size)
-        outputs = CausalLMOutputWithPast(
-            past_key_values=getattr(hidden, "past_key_values", None),  # recurrent models have none
-            hidden_states=hidden.hidden_states,
-            attentions=getattr(hidden, "attentions", None),
-        )
-        return outputs, loss_sum
-
-    # -------------------------------------------------------------------------------------------------------- generate
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        visual_features: torch.FloatTensor | None = None,
-        image_flags: torch.Tensor | None = None,
-        num_patches: Any = None,
-        tile_index: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generates as transformers' `generate` does.
-
-        With `input_ids` given the output starts with them, as for every transformers model (the original code returned
-        the new tokens only); with `inputs_embeds` alone it holds the new tokens. Beams and `num_return_sequences` see
-        the right images, which are encoded once; sampled sequences also share the computation of their prompt
-        (`sampling_internvl.py`).
-
-        Args:
-            inputs: Prompt ids (B, L), positional as in transformers; same as `input_ids`.
-            generation_config: A `GenerationConfig`.
-            pixel_values, visual_features, image_flags, tile_index: As in `forward`.
-            num_patches: Accepted from the processor's output.
-            **kwargs: Any of transformers' generation arguments.
-
-        Raises:
-            VisualTokenMismatchError, ValueError: as in `forward`.
-        """
-        input_ids = inputs if input_ids is None else input_ids
-        if input_ids is not None and input_ids.is_floating_point():
-            raise TypeError("The first argument of generate() is input_ids; pass images as pixel_values=...")
-        has_images = pixel_values is not None or visual_features is not None
-        # With both, this is a draft model, and the embeddings are those of the model that it helps.
-        if has_images and input_ids is not None and (kwargs.get("inputs_embeds") is None or pixel_values is not None):
-            images = {"pixel_values": pixel_values, "image_flags": image_flags, "tile_index": tile_index}
-            done = _cached(input_ids, kwargs.get("past_key_values"), self.img_context_token_id)
-            embeds = None if done else self.embed_prompt(input_ids, visual_features=visual_features, **images)
-            kwargs["inputs_embeds"] = embeds
-            drafting = getattr(generation_config, "is_assistant", False)
-            if drafting or hasattr(kwargs.get("assistant_model"), "embed_prompt"):  # draft models look for themselves
-                kwargs |= {name: value for name, value in images.items() if value is not None}
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}
-        return super().generate(**(prefill_once(self, kwargs) if shares_prompt(self, kwargs) else kwargs))
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        past_key_values: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As in transformers; decoding text without a cache, a context token that the model wrote is text too.
-
-        (With embeddings as input, and so with images, transformers always uses a cache.)
-        """
-        looking = kwargs.get("pixel_values") is not None and inputs_embeds is not None and past_key_values is not None
-        if looking and not is_first_iteration and int(past_key_values.get_seq_length()) == 0:
-            is_first_iteration = True  # transformers says no to a draft model, whose calls share a cache
-        if past_key_values is not None and (inputs_embeds is not None or not is_first_iteration):
-            # The images are in the embeddings or in the cache; these are for a draft model.
-            kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGES}
-        if is_first_iteration and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-            # Assisted decoding checks proposed tokens together with the prompt; transformers embeds the prompt alone.
-            proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
-            inputs_embeds = torch.cat([inputs_embeds, proposed.to(inputs_embeds)], dim=1)
-        has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_features") is not None
-        if past_key_values is None and inputs_embeds is None and not is_first_iteration and not has_images:
-            inputs_embeds, is_first_iteration = self.get_input_embeddings()(input_ids), True
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-
-def _cached(input_ids: torch.Tensor, past_key_values: Any, context_token: int | None) -> bool:
-    """Whether the cache holds the images already: text alone is left to run."""
-    length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-    return length > 0 and not bool((input_ids[:, length:] == context_token).any())
 
 
 def _used_features(
@@ -650,15 +484,10 @@ def _used_features(
 ) -> torch.Tensor:
     """Features of the used tiles in the order of their places, (tokens, D)."""
     if tile_index is not None:
-        index = torch.as_tensor(tile_index, device=features.device)
         if image_flags is not None or features.ndim != 3:
             raise ValueError("tile_index goes with features of whole tiles, (tiles, tokens, D), and no image_flags.")
-        if (
-            not torch.compiler.is_compiling()
-            and index.numel()
-            and not 0 <= int(index.min()) <= int(index.max()) < len(features)
-        ):
-            raise ValueError(f"tile_index names tiles {int(index.min())} to {int(index.max())} of {len(features)}.")
+        index = torch.as_tensor(tile_index, device=features.device)
+        _check_tile_index(index, len(features))
         features = features[index]
     elif image_flags is not None:
         used = torch.as_tensor(image_flags, device=features.device).reshape(-1) == 1
@@ -666,6 +495,13 @@ def _used_features(
             raise ValueError(f"image_flags has {used.shape[0]} entries for {features.shape[0]} tiles.")
         features = features[used]
     return features.reshape(-1, features.shape[-1])
+
+
+def _check_tile_index(index: torch.Tensor, tiles: int) -> None:
+    if torch.compiler.is_compiling() or not index.numel():  # a data-dependent check would break the graph
+        return
+    if not 0 <= int(index.min()) <= int(index.max()) < tiles:
+        raise ValueError(f"tile_index names tiles {int(index.min())} to {int(index.max())} of {tiles}.")
 
 
 def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:
@@ -676,17 +512,6 @@ def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:
     config = copy.deepcopy(config)
     config.use_backbone_lora = config.use_llm_lora = 0
     return config
-
-
-def _check_loss_normaliser(loss_weight: Any, num_items_in_batch: Any) -> None:
-    integral = isinstance(num_items_in_batch, int) or (
-        isinstance(num_items_in_batch, torch.Tensor) and not num_items_in_batch.is_floating_point()
-    )
-    if loss_weight is not None and integral:
-        raise ValueError(
-            "loss_weight was given, but num_items_in_batch counts tokens; it must be the sum of the weights over the "
-            "global batch. Train with InternVLTrainer, which computes it, or drop loss_weight."
-        )
 
 
 InternVLChatModel.register_for_auto_class("AutoModel")

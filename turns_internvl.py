@@ -245,11 +245,13 @@ def _num_patches(pixel_values: torch.Tensor | None, num_patches_list: Sequence[i
 
 
 def input_device(model: Any) -> torch.device:
+    """Where a model's token ids must lie."""
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
 
 
 def to_model(model: Any, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
+    """Tiles on the vision tower's device; hooks move them where a device map has placed its parts."""
     if pixel_values is None or getattr(model, "hf_device_map", None):
         return pixel_values
     return pixel_values.to(model.vision_model.device)
@@ -292,6 +294,11 @@ def _deal_images(
 
 
 def histories_of(questions: Sequence[str], history: Sequence[History | None] | None) -> list[History | None]:
+    """A history, or None, for each question.
+
+    Raises:
+        ValueError: `questions` is no list, or the histories are not as many.
+    """
     if isinstance(questions, str) or not questions:
         raise ValueError("questions must be a non-empty list of strings; for a single question use chat().")
     histories = list(history) if history is not None else [None] * len(questions)

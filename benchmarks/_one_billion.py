@@ -3,6 +3,10 @@
 Shared by the benchmarks; a share of the layers of both towers keeps each part's share of the compute.
 """
 
+import argparse
+import statistics
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -56,3 +60,19 @@ def layers_of(fraction: float) -> int:
 def where(device: str) -> str:
     """What runs it, for the heading of a table."""
     return f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def add_model_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Size, device and dtype of the model, and how often the ways take turns."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--layers-fraction", type=float, default=0.25, help="share of the layers of both towers")
+    parser.add_argument("--full", action="store_true", help="all layers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float], digits: int = 2) -> str:
+    """The ratio of the medians, with the range of the ratios of single rounds."""
+    rounds = [a / b for a, b in zip(slow, fast, strict=True)]
+    middle = statistics.median(slow) / statistics.median(fast)
+    return f"{middle:.{digits}f}x of medians ({min(rounds):.{digits}f}-{max(rounds):.{digits}f} per round)"

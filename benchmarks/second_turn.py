@@ -20,7 +20,16 @@ from typing import Any
 import torch
 
 try:
-    from internvl_hub.benchmarks._one_billion import IMAGE_SIZE, LAYERS, build_model, build_tokenizer, layers_of, where
+    from internvl_hub.benchmarks._one_billion import (
+        IMAGE_SIZE,
+        LAYERS,
+        add_model_options,
+        build_model,
+        build_tokenizer,
+        layers_of,
+        ratio,
+        where,
+    )
     from internvl_hub.modeling_internvl_chat import InternVLChatModel
 except ImportError:
     sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
@@ -85,20 +94,13 @@ def report(times: dict[str, list[float]]) -> None:
     for name, values in times.items():
         spread = f"({1000 * min(values):.0f}-{1000 * max(values):.0f})" if len(values) > 1 else ""
         print(f"{name:23} {1000 * statistics.median(values):7.0f} ms   {spread}")
-    slow, fast = times["turn 2, recomputed"], times["turn 2, session"]
-    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    middle = statistics.median(slow) / statistics.median(fast)
-    spread = f"{min(ratios):.1f}-{max(ratios):.1f} per round"
-    print(f"recomputed / session    {middle:.1f}x of medians ({spread}); goal >= 5x")
+    gain = ratio(times["turn 2, recomputed"], times["turn 2, session"], digits=1)
+    print(f"recomputed / session    {gain}; goal >= 5x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers-fraction", type=float, default=0.25, help="share of the layers of both towers")
-    parser.add_argument("--full", action="store_true", help="all layers")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add_model_options(parser, rounds=5)
     args = parser.parse_args()
     layers = LAYERS if args.full else layers_of(args.layers_fraction)
     dtype = getattr(torch, args.dtype)

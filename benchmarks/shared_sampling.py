@@ -21,7 +21,16 @@ from typing import Any
 import torch
 
 try:
-    from internvl_hub.benchmarks._one_billion import IMAGE_SIZE, LAYERS, build_model, build_tokenizer, layers_of, where
+    from internvl_hub.benchmarks._one_billion import (
+        IMAGE_SIZE,
+        LAYERS,
+        add_model_options,
+        build_model,
+        build_tokenizer,
+        layers_of,
+        ratio,
+        where,
+    )
 except ImportError:
     sys.exit(f"internvl_hub is not installed: run `pip install -e {Path(__file__).resolve().parents[1]}` first")
 
@@ -40,23 +49,14 @@ def seconds(task: Callable[[], object], device: str) -> float:
 def report(times: dict[str, list[float]]) -> None:
     for name, values in times.items():
         print(f"{name:20} {statistics.median(values):8.2f} s   ({min(values):.2f}-{max(values):.2f})")
-    slow, fast = times["chats"], times["batch_answers"]
-    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    middle = statistics.median(slow) / statistics.median(fast)
-    print(
-        f"chats / batch_answers {middle:.2f}x of medians ({min(ratios):.2f}-{max(ratios):.2f} per round); goal >= 3x"
-    )
+    print(f"chats / batch_answers {ratio(times['chats'], times['batch_answers'])}; goal >= 3x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    add_model_options(parser, rounds=3)
     parser.add_argument("--answers", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--layers-fraction", type=float, default=0.25, help="share of the layers of both towers")
-    parser.add_argument("--full", action="store_true", help="all layers")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
     layers = LAYERS if args.full else layers_of(args.layers_fraction)
     dtype = getattr(torch, args.dtype)

@@ -16,7 +16,7 @@ from ..conversation import get_template
 from ..generation_internvl import id_list
 from ..prompting_internvl import IMG_CONTEXT_TOKEN, prompt_encoder
 from .checks import CONFIG, TOKENIZER_CONFIG, Subject, one_line
-from .checks_template import _chat_templates
+from .checks_template import chat_templates
 from .serving_engines import (
     ALL,
     CLEAN,
@@ -75,7 +75,7 @@ def tokens(subject: Subject) -> Iterator[Verdict]:
 
 def chat_template(subject: Subject) -> Iterator[Verdict]:
     """the chat template"""
-    templates = [text for _, text in _chat_templates(subject)]
+    templates = [text for _, text in chat_templates(subject)]
     if not templates:
         yield refuses(("vllm", "lmdeploy"), "no chat template in the folder, and none of its own", CLEAN)
     mark = IMG_CONTEXT_TOKEN if subject.kind == "native" else "<image>"

@@ -59,7 +59,7 @@ def check_template(subject: Subject) -> Iterator[Finding]:
         message = f"{CONFIG}: conversation template {subject.config.template!r} is unknown"
         yield problem("template", message, f"set template to the one of the release ({known})")
         return
-    found = list(_chat_templates(subject))
+    found = list(chat_templates(subject))
     if not found:
         message = (
             f"no chat template; here prompts follow {CONFIG} ({template.name}), other programs have none to apply"
@@ -74,7 +74,7 @@ def check_template(subject: Subject) -> Iterator[Finding]:
             yield Finding("template", "ok", message)
 
 
-def _chat_templates(subject: Subject) -> Iterator[tuple[str, str]]:
+def chat_templates(subject: Subject) -> Iterator[tuple[str, str]]:
     """(file, template), each template once."""
     seen: dict[str, str] = {}
     path = subject.folder / "chat_template.jinja"

@@ -1,8 +1,7 @@
 """Which frames of a video are shown: pure functions of numbers.
 
 Two families of rules: `segment_indices`, of `frames_internvl.py`, is what InternVL does at inference,
-`training_indices` what it does in training. Nothing here opens a file (`video` does), and nothing draws from a global
-random state. The part of a video that a row names is `clips`, the lines that announce frames are `frame_prompts`.
+`training_indices` what it does in training. Nothing here opens a file, and nothing draws from a global random state.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..frames_internvl import Clip, check_positive, clip_range
-from ..frames_internvl import segment_indices as segment_indices
 
 # ------------------------------------------------------------------------------------------------------------ training
 

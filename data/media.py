@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 from ..conversation import ImageSlot, split_image_placeholders
+from ..frames_internvl import frame_prompt
 from ..tiling_internvl import ImageLoadError, load_image, read_image_size
+from ..video_internvl import VideoInfo, VideoLoadError, probe_video, read_frames
 from .augmentation import Take
-from .frame_prompts import frame_prompt
 from .frame_sampling import draw_frame_count, training_indices
 from .mixture import DataSource
 from .records import FrameSampling, Record, RecordError, Video, VideoSlot
-from .video import VideoInfo, VideoLoadError, probe_video, read_frames
 
 if TYPE_CHECKING:
     from ..training.arguments import DataArguments

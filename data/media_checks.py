@@ -19,11 +19,11 @@ from PIL import Image
 from ..conversation import TemplateError
 from ..prompting_internvl import ImageCountError
 from ..tiling_internvl import MAX_PIXELS, ImageLoadError, load_image, read_image_size
+from ..video_internvl import VideoLoadError, probe_video
 from .augmentation import Take
 from .checks import Problem
 from .media import RowSettings, read_videos
 from .records import Record, RecordError, Video
-from .video import VideoLoadError, probe_video
 
 CLIP_TOLERANCE = 1.0
 """Seconds that a clip may end after its video: ends are often rounded up to whole seconds."""

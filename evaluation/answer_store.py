@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _VERSION = 1
 _NAME = re.compile(r"answers-(\d{5})-of-(\d{5})\.jsonl")
@@ -130,6 +130,31 @@ def read_entries(folder: str | Path) -> list[Entry]:
     return list(found.values())
 
 
+def entries_in(file: BinaryIO) -> Iterator[tuple[int, Entry]]:
+    """The entries of a store's file with the places where their lines begin, in bytes.
+
+    A last line that was not finished is left out.
+
+    Raises:
+        ValueError: a finished line is not an entry.
+    """
+    start = len(file.readline())  # the settings
+    for number, line in enumerate(file, 2):
+        if not line.endswith(b"\n"):
+            return
+        entry = _decode(line, f"{file.name}:{number}")
+        if not isinstance(entry.get("key"), str):
+            raise ValueError(f"{file.name}:{number}: the entry has no key; the file is damaged")
+        yield start, entry
+        start += len(line)
+
+
+def entry_at(file: BinaryIO, start: int) -> Entry:
+    """The entry whose line begins at a place that `entries_in` gave."""
+    file.seek(start)
+    return _decode(file.readline(), f"{file.name}, byte {start}")
+
+
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """What differs between two json values, such as `sampling.seed: 0 there, 1 now`."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -184,13 +209,7 @@ def _read_entries(path: Path) -> Iterator[Entry]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 or not line.endswith(b"\n"):
-                continue
-            entry = _decode(line, f"{path}:{number}")
-            if not isinstance(entry.get("key"), str):
-                raise ValueError(f"{path}:{number}: the entry has no key; the file is damaged")
-            yield entry
+        yield from (entry for _, entry in entries_in(file))
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:

@@ -139,11 +139,13 @@ def _entry(key: str, result: list[Answer] | Failure) -> Entry:
     return {"key": key, "answers": [{"text": answer.text, "complete": answer.complete} for answer in result]}
 
 
+def result_of(entry: Mapping[str, Any]) -> list[Answer] | Failure:
+    """An entry of a store as the engine gave it."""
+    if "error" in entry:
+        return Failure(entry["error"])
+    return [Answer(answer["text"], answer["complete"]) for answer in entry["answers"]]
+
+
 def read_answers(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Answer] | Failure]:
     """Entries of a store as the engine gave them, by key."""
-    return {
-        entry["key"]: Failure(entry["error"])
-        if "error" in entry
-        else [Answer(answer["text"], answer["complete"]) for answer in entry["answers"]]
-        for entry in entries
-    }
+    return {entry["key"]: result_of(entry) for entry in entries}

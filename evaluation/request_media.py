@@ -14,10 +14,10 @@ from PIL import Image
 
 from ..conversation import IMAGE_PLACEHOLDER, ImageSlot
 from ..data.augmentation import Take
-from ..data.frame_sampling import segment_indices
 from ..data.media import RowSettings, read_videos, spell_out
 from ..data.records import VIDEO_PLACEHOLDER, FrameSampling, Message, Record, Video, check_placeholders
-from ..data.video import VideoInfo, probe_video
+from ..frames_internvl import segment_indices
+from ..video_internvl import VideoInfo, probe_video
 from .engines import Request
 
 DEFAULT_FRAMES = 16

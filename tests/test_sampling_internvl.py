@@ -8,7 +8,7 @@ import torch
 from tiny import CHAT, CHECKPOINTS, CONTEXT, LLAMA, PHI3, QWEN2, VOCABULARY, chat_config, load
 from transformers import PreTrainedTokenizerFast
 
-from internvl_hub import modeling_internvl_chat
+from internvl_hub import decoding_internvl
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.sampling_internvl import shares_prompt
 
@@ -36,7 +36,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(model: InternVLChatModel, **inputs: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(modeling_internvl_chat, "shares_prompt", lambda *_: False)
+            patch.setattr(decoding_internvl, "shares_prompt", lambda *_: False)
             return _generate(model, **inputs)
 
     return run

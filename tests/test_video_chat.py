@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CHAT, QWEN2, load
 from transformers import PreTrainedTokenizerFast
 
-from internvl_hub.data import video as data_video
+from internvl_hub.data import media
 from internvl_hub.frames_internvl import LABEL_TOKENS, segment_indices
 from internvl_hub.image_processing_internvl import InternVLImageProcessor
 from internvl_hub.video_internvl import VideoLoadError, read_frames
@@ -154,4 +154,4 @@ def test_chat_video_is_chat_with_the_frames(film: Path) -> None:
 
 
 def test_training_reads_with_the_same_decoder() -> None:
-    assert data_video.read_frames is read_frames and data_video.VideoLoadError is VideoLoadError
+    assert media.read_frames is read_frames and media.VideoLoadError is VideoLoadError

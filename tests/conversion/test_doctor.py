@@ -30,6 +30,7 @@ from internvl_hub.conversion.doctor import Diagnosis, Finding, inspect, run
 from internvl_hub.conversion.families import find
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.native_internvl import config_to_native, tensors_to_native
+from internvl_hub.tests.conversion.checkpoint_edits import edit
 from internvl_hub.upload_to_hub import gather, hub_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,21 +60,6 @@ def copy(folder: Path, name: str = QWEN2) -> Path:
     for file in FILES:
         shutil.copyfile(CHAT / name / file, folder / file)
     return folder
-
-
-def edit(folder: Path, file: str, /, **changes: Any) -> None:
-    """Changes fields of a JSON file, which need not exist; `a__b` is field b of a, None removes it."""
-    path = folder / file
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for key, value in changes.items():
-        *outer, last = key.split("__")
-        part = values
-        for step in outer:
-            part = part[step]
-        part[last] = value
-        if value is None:
-            del part[last]
-    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def retensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

@@ -26,6 +26,7 @@ from internvl_hub.checkpoint_internvl import SINGLE
 from internvl_hub.conversion.convert import convert, upgrade
 from internvl_hub.conversion.doctor import inspect, run
 from internvl_hub.conversion.serving import ENGINES, check_serving
+from internvl_hub.tests.conversion.checkpoint_edits import edit
 from internvl_hub.upload_to_hub import gather
 
 try:
@@ -42,20 +43,6 @@ TITLES = [engine.title for engine in ENGINES.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------- tools
-
-
-def edit(folder: Path, file: str, **changes: Any) -> None:
-    """Changes fields of a JSON file; `a__b` is field b of a, None removes it."""
-    values = json.loads((folder / file).read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        *outer, last = key.split("__")
-        part = values
-        for step in outer:
-            part = part[step]
-        part[last] = value
-        if value is None:
-            del part[last]
-    (folder / file).write_text(json.dumps(values), encoding="utf-8")
 
 
 def refusals(folder: Path, *engines: str) -> dict[str, list[str]]:

@@ -5,9 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from internvl_hub.data.clips import clip_range
-from internvl_hub.data.frame_prompts import frame_prompt, frames_within
-from internvl_hub.data.frame_sampling import draw_frame_count, get_frame_indices, segment_indices, training_indices
+from internvl_hub.data.frame_sampling import draw_frame_count, get_frame_indices, training_indices
+from internvl_hub.frames_internvl import clip_range, frame_prompt, frames_within, segment_indices
 
 
 def rng(seed: int = 0) -> np.random.Generator:

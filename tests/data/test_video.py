@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageSequence
 
 from internvl_hub import video_container_internvl as video_container
-from internvl_hub.data.frame_sampling import segment_indices, training_indices
-from internvl_hub.data.video import VideoLoadError, probe_video, read_frames
+from internvl_hub.data.frame_sampling import training_indices
+from internvl_hub.frames_internvl import segment_indices
+from internvl_hub.video_internvl import VideoLoadError, probe_video, read_frames
 
 av = pytest.importorskip("av")
 av.logging.set_level(None)

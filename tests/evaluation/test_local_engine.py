@@ -8,14 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_hub.data.frame_prompts import frame_prompt
-from internvl_hub.data.frame_sampling import segment_indices
 from internvl_hub.data.records import FrameSampling, Video
 from internvl_hub.evaluation.answer_store import AnswerStore
 from internvl_hub.evaluation.collecting import collect, collection_settings
 from internvl_hub.evaluation.engines import Answer, Failure, Request, Sampling
 from internvl_hub.evaluation.local_engine import LocalEngine
 from internvl_hub.evaluation.request_media import spell_request
+from internvl_hub.frames_internvl import frame_prompt, segment_indices
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.processing_internvl import InternVLProcessor
 from internvl_hub.tests.training import tiny_models

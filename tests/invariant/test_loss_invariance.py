@@ -1,10 +1,6 @@
 """One loss trajectory, however a global batch is cut: micro-batches, ranks, checkpointing; numbers by brute force."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ import torch
 from internvl_hub.losses_internvl import LOSS_REDUCTIONS, length_to_weight
 from internvl_hub.tests.training import runs
 from internvl_hub.tests.training import tiny_models as tiny
+from internvl_hub.tests.training.two_ranks import run_two_ranks
 from internvl_hub.training.collation import InternVLCollator
 
 
@@ -57,18 +54,9 @@ def test_accumulation_changes_nothing(reduction: str, tmp_path: Path) -> None:
     assert len({round(loss, 3) for loss in results[0][0]}) == 3  # it does train
 
 
-def run_two_ranks(output: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [runs.__file__, str(output), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output)
-
-
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Real gloo ranks, the second of which sees text alone: losses, weights, and the loss of an odd evaluation set."""
-    ranks = run_two_ranks(tmp_path / "ranks.pt", "1")
+    ranks = run_two_ranks(runs.__file__, tmp_path / "ranks.pt", "1")
     trainer = runs.make_trainer(str(tmp_path), batch=2)
     trainer.train()
     assert ranks["losses"] == pytest.approx(runs.losses(trainer), rel=2e-5)
@@ -78,7 +66,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
     """The plan of two ranks is that of two micro-batches."""
-    ranks = run_two_ranks(tmp_path / "ranks.pt", "1", "packed")
+    ranks = run_two_ranks(runs.__file__, tmp_path / "ranks.pt", "1", "packed")
     trainer = runs.make_trainer(str(tmp_path), batch=1, accumulation=2, **runs.PACKED)
     trainer.train()
     assert trainer.accounts.totals["num_samples"] > 9  # rows share packs

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 
 from internvl_hub.tests.training import preference_runs, runs
 from internvl_hub.tests.training import tiny_models as tiny
+from internvl_hub.tests.training.two_ranks import run_two_ranks
 from internvl_hub.training.preference_collation import PreferenceCollator
 from internvl_hub.training.preference_losses import sequence_sums
 
@@ -143,14 +141,6 @@ def test_an_inexact_shift_sees_the_batches_so_far(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- ranks
 
 
-def run_two_ranks(output: Path, *arguments: str, script: str = preference_runs.__file__) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, script, str(output), *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output)
-
-
 def assert_same_run(ranks: dict[str, Any], trainer: preference_runs.Recorder, rel: float = 2e-5) -> None:
     assert ranks["losses"] == pytest.approx(runs.losses(trainer), rel=rel)
     assert_same(ranks["weights"], runs.weights(trainer))
@@ -163,7 +153,7 @@ def assert_same_run(ranks: dict[str, Any], trainer: preference_runs.Recorder, re
 @pytest.mark.parametrize("flags", [["1"], ["1", "twice"]], ids=["plain", "accumulated"])
 def test_two_processes_equal_one(flags: list[str], tmp_path: Path) -> None:
     """Losses, weights, metrics, and an evaluation that ends unevenly; the shift is numpy's running mean."""
-    ranks = run_two_ranks(tmp_path / "ranks.pt", *flags)
+    ranks = run_two_ranks(preference_runs.__file__, tmp_path / "ranks.pt", *flags)
     size = 4 if "twice" in flags else 2
     trainer = preference_runs.make_trainer(str(tmp_path), batch=size)
     trainer.train()
@@ -180,7 +170,7 @@ def test_two_processes_equal_one(flags: list[str], tmp_path: Path) -> None:
 
 
 def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
-    ranks = run_two_ranks(tmp_path / "ranks.pt", "1", "packed")
+    ranks = run_two_ranks(preference_runs.__file__, tmp_path / "ranks.pt", "1", "packed")
     options = {**runs.PACKED, "max_packed_tokens": 900, "dataset": preference_runs.pair_dataset()}
     trainer = preference_runs.make_trainer(str(tmp_path), batch=1, accumulation=2, **options)
     trainer.train()
@@ -189,7 +179,7 @@ def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_precomputed_on_two_processes_equals_a_copy_on_one(tmp_path: Path) -> None:
-    ranks = run_two_ranks(tmp_path / "ranks.pt", "2", "precomputed")
+    ranks = run_two_ranks(preference_runs.__file__, tmp_path / "ranks.pt", "2", "precomputed")
     trainer = preference_runs.make_trainer(str(tmp_path), batch=4, move=0, dataset=preference_runs.pair_dataset())
     trainer.train()
     assert_same_run(ranks, trainer)

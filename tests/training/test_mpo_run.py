@@ -159,23 +159,14 @@ def test_a_reference_that_is_not_there_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def test_curves_show_every_logged_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
-    made: list[Any] = []
-
-    class Recorded(figure.Figure):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Recorded)
+def test_curves_show_every_logged_metric(tmp_path: Path, drawn_figures: list[Any]) -> None:
     history = [
         {"step": 1, "loss": 3.0, "loss_preference": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.0},
         {"step": 2, "eval_rewards/margins": 0.5, "eval_val_rewards/margins": 0.25, "eval_logps/chosen": -30.0},
         {"step": 3, "loss": 2.0, "loss_preference": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0},
     ]
     write_preference_curves(tmp_path / "curves.png", history)
-    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in made[0].axes]
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in drawn_figures[0].axes]
     assert drawn == [
         {"preference": [[1, 0.7], [3, 0.5]]},
         {"margin": [[1, 0], [3, 1]], "margin, evaluation": [[2, 0.5]], "margin, val": [[2, 0.25]]},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +9,12 @@ import pytest
 import torch
 
 from internvl_hub.tests.training import preference_runs, preference_sharded_run
+from internvl_hub.tests.training.two_ranks import run_two_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("sharding") / "ranks.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, preference_sharded_run.__file__, str(output)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output)
+    return run_two_ranks(preference_sharded_run.__file__, tmp_path_factory.mktemp("sharding") / "ranks.pt")
 
 
 @pytest.mark.parametrize("kind", list(preference_sharded_run.OPTIONS))

@@ -128,21 +128,12 @@ def test_report_does_without_matplotlib(tmp_path: Path, monkeypatch: pytest.Monk
         write_curve(tmp_path / "curve.png", HISTORY, {})
 
 
-def test_curve_shows_every_metric_that_has_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
-    made: list[Any] = []
-
-    class Recorded(figure.Figure):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Recorded)
+def test_curve_shows_every_metric_that_has_values(tmp_path: Path, drawn_figures: list[Any]) -> None:
     history = [*HISTORY, {"held_out_color": 0.25, "step": 2}, {"held_out_color": 1.0, "step": 4}]
     tiny_report.write_curve(tmp_path / "curve.png", history)
-    left, right = made[0].axes
+    left, right = drawn_figures[0].axes
     assert left.lines[0].get_xydata().tolist() == [[1, 4.0], [3, 0.5]] and left.get_yscale() == "log"
     assert {line.get_label(): line.get_xydata().tolist() for line in right.lines} == {"colour": [[2, 0.25], [4, 1.0]]}
     assert right.get_ylim() == (0, 1.02) and right.get_title() == "Held-out (val) accuracy"
     write_curve(tmp_path / "zero.png", [{"loss": 0.0, "step": 1}, {"loss": 1.0, "step": 2}], {"absent": "absent"})
-    assert len(made[1].axes) == 1 and made[1].axes[0].get_yscale() == "linear"
+    assert len(drawn_figures[1].axes) == 1 and drawn_figures[1].axes[0].get_yscale() == "linear"

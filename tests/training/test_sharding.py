@@ -5,9 +5,6 @@ accelerate's FSDP plugin shards nothing on a CPU, so torch's own function is cal
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +13,13 @@ import torch
 
 from internvl_hub.tests.training import runs, sharded_run
 from internvl_hub.tests.training import tiny_models as tiny
+from internvl_hub.tests.training.two_ranks import run_two_ranks
 from internvl_hub.training.evaluation import label_weight
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("sharding") / "ranks.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, sharded_run.__file__, str(output)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output)
+    return run_two_ranks(sharded_run.__file__, tmp_path_factory.mktemp("sharding") / "ranks.pt")
 
 
 def test_every_parameter_is_sharded(ranks: dict[str, Any]) -> None:
