@@ -36,6 +36,7 @@ def make_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> In
     context = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
     config = InternVLChatConfig(**{**model, "llm_config": llm}, **ids, img_context_token_id=context)
     config.architectures = ["InternVLChatModel"]
+    config.force_image_size = config.image_size  # LMDeploy counts visual tokens from it alone
     return config
 
 
