@@ -6,6 +6,7 @@ top of the cache, so that no weights of the whole prompt are ever held. Attentio
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import DynamicCache
+
+from .generation_internvl import without_checkpointing
 
 
 @dataclass(frozen=True)
@@ -174,10 +177,11 @@ def attention_rows(
     """
     decoder = language_model.get_decoder()
     cache = DynamicCache()  # no sliding windows in it: a full row of weights for every layer
-    if first:
-        decoder(inputs_embeds=embeds[:, :first], past_key_values=cache, use_cache=True)
-    with _eager(language_model), _recorded(decoder, layers) as records:
-        decoder(inputs_embeds=embeds[:, first : last + 1], past_key_values=cache, use_cache=True)
+    with without_checkpointing(language_model):
+        if first:
+            decoder(inputs_embeds=embeds[:, :first], past_key_values=cache, use_cache=True)
+        with _eager(language_model), _recorded(decoder, layers) as records:
+            decoder(inputs_embeds=embeds[:, first : last + 1], past_key_values=cache, use_cache=True)
     if not records:
         raise ValueError("No layer gave attention weights: the language model has none, or layers is empty.")
     return torch.stack([weights[0, :, :, keys].float().mean(0).cpu() for weights in records]).mean(0)
@@ -196,17 +200,19 @@ def _eager(language_model: Any) -> Iterator[None]:
 
 @contextmanager
 def _recorded(decoder: Any, layers: Sequence[int] | None) -> Iterator[list[torch.Tensor]]:
-    """Collects the attention weights (1, heads, queries, keys) of layers."""
+    """Collects the attention weights (1, heads, queries, keys) of layers, as far as this thread runs them."""
     modules = [getattr(layer, "self_attn", None) for layer in decoder.layers]
     count = len(modules)
     wanted = range(count) if layers is None else layers
     if any(not -count <= i < count for i in wanted):
         raise ValueError(f"layers={list(wanted)}, but the language model has {count}: choose from 0 to {count - 1}.")
     records: list[torch.Tensor] = []
+    thread = threading.get_ident()
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
-            records.append(output[1])
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, torch.Tensor) and threading.get_ident() == thread:
+            records.append(weights)
 
     handles = [modules[i].register_forward_hook(keep) for i in wanted if modules[i] is not None]
     try:

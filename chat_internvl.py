@@ -111,7 +111,9 @@ class InternVLChatMixin:
             ImageCountError: placeholders and images differ in number, or `num_patches_list` does not add up.
             TokenizerError: the tokenizer lacks the image tokens.
             TemplateError: `model.template` is unknown, or tools are given to a model that was not trained on any.
-            TypeError: a tool is neither a function nor a JSON schema.
+            TypeError: a tool is neither a function nor a JSON schema, an entry of `history` no pair of strings, or
+                `generation_config` or `thinking` something else than what is named above.
+            ValueError: `session` is that of another model.
         """
         image_tokens = IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN
         turn = Turn(self, tokenizer, image_tokens, keep_markup, system, thinking=thinking, tools=tools)

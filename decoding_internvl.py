@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .generation_internvl import option, without_checkpointing
 from .sampling_internvl import prefill_once, shares_prompt
 
 _IMAGES = ("pixel_values", "visual_features", "image_flags", "tile_index", "num_patches")
@@ -47,6 +48,7 @@ class InternVLDecodingMixin:
 
         Raises:
             VisualTokenMismatchError, ValueError: as in `forward`.
+            ValueError: `prefill_chunk_size` with embeddings, which transformers does not cut.
         """
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is not None and input_ids.is_floating_point():
@@ -64,7 +66,10 @@ class InternVLDecodingMixin:
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}
-        return super().generate(**(prefill_once(self, kwargs) if shares_prompt(self, kwargs) else kwargs))
+        if kwargs.get("inputs_embeds") is not None and option(self, kwargs, "prefill_chunk_size"):
+            raise ValueError("prefill_chunk_size cuts token ids alone: leave it out for prompts with images.")
+        with without_checkpointing(self):
+            return super().generate(**(prefill_once(self, kwargs) if shares_prompt(self, kwargs) else kwargs))
 
     def prepare_inputs_for_generation(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 # Where a caller sets no limit: transformers' own default of 20 tokens would cut answers in mid-sentence.
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -36,10 +38,18 @@ def generation_options(
         tokenizer: Gives its end-of-sequence and pad tokens.
         end_of_turn: Id of the template's end of turn, None where the tokenizer does not know it.
         generation_config: From the caller; not changed.
+
+    Raises:
+        TypeError: `generation_config` is neither a dictionary nor a `GenerationConfig`.
     """
+    if not isinstance(generation_config, (dict, GenerationConfig, type(None))):
+        kind = type(generation_config).__name__
+        raise TypeError(f"generation_config must be a dictionary or a GenerationConfig, got {kind}.")
     options = dict(generation_config) if isinstance(generation_config, dict) else {}
     given = generation_config if isinstance(generation_config, GenerationConfig) else None
     given = options.pop("generation_config", given)
+    if isinstance(options.get("stopping_criteria"), StoppingCriteria):  # transformers takes one for a list of one
+        options["stopping_criteria"] = StoppingCriteriaList([options["stopping_criteria"]])
     values: dict[str, Any] = {}
     own = (end_of_turn, tokenizer.eos_token_id, model.generation_config.eos_token_id)
     stops = stop_ids(*own, options.get("eos_token_id"), getattr(given, "eos_token_id", None))
@@ -49,7 +59,7 @@ def generation_options(
     limits = ("max_new_tokens", "max_length")
     sources = (given, model.generation_config)
     limited = any(getattr(source, name, None) is not None for source in sources for name in limits)
-    if not limited and not any(options.get(name) for name in limits):
+    if not limited and all(options.get(name) is None for name in limits):
         values["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
     if given is None:
         return {**options, **values}
@@ -80,3 +90,16 @@ def cacheable(model: Any, options: dict[str, Any]) -> bool:
     """Whether the session's cache can serve this generation: one sequence, ordinary cache."""
     single = all((option(model, options, name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
     return single and ordinary_cache(model, options)
+
+
+@contextmanager
+def without_checkpointing(model: Any) -> Iterator[None]:
+    """Turns activation checkpointing off: where it is on, a model in training mode leaves its cache empty."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True

@@ -55,7 +55,7 @@ class ChatSession:
     """
 
     def __init__(self, model: PreTrainedModel, reuse: bool = True) -> None:
-        self.model, self._reuse = model, reuse
+        self.model, self._reuse, self._adapters = model, reuse, _active_adapters(model)
         self.reset()
 
     def reset(self) -> None:
@@ -64,6 +64,19 @@ class ChatSession:
         self._drop_cache()
         self.reused_tokens = 0
         self.encoded_images = 0
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Forgets everything if other adapters are active than in the last turn.
+
+        Raises:
+            ValueError: the session is that of another model.
+        """
+        if model is not self.model:
+            raise ValueError("This session belongs to another model: begin one with this model's new_session().")
+        adapters = _active_adapters(model)
+        if adapters != self._adapters:
+            self.reset()
+            self._adapters = adapters
 
     def _drop_cache(self) -> None:
         self._cache: DynamicCache | None = None
@@ -141,6 +154,13 @@ class ChatSession:
         if limit is not None and not self._long:
             stored = stored[: limit[1]]  # tokens generated past the limit carry other frequencies
         self._cache, self._keys = cache, stored
+
+
+def _active_adapters(model: PreTrainedModel) -> set[tuple[Any, ...]]:
+    """What peft's layers of a model add to its weights: names, and whether they are switched off."""
+    # A property of peft's layers; models of transformers have a method of that name.
+    layers = (module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool))
+    return {(layer.disable_adapters, *layer.active_adapters) for layer in layers}
 
 
 def _crop(cache: DynamicCache, length: int) -> bool:

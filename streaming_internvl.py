@@ -23,13 +23,16 @@ class AnswerStreamer(TextIteratorStreamer):
     """
 
     def __init__(self, tokenizer: Any, hidden: set[int], header: list[int]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=False)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
         self._hidden, self._header = hidden, header
         self._begun: list[int] = []  # ids that may still turn out to be the header
         self._ids: list[int] = []
         self._window = self._shown = 0  # where the window begins, and up to where its text is out
 
     def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt:  # empty where the prompt is embeddings
+            self.next_tokens_are_prompt = False
+            return
         for index in value.reshape(-1).tolist():
             if self._header:
                 self._begun.append(index)

@@ -77,6 +77,8 @@ class Turn:
         thinking: bool | None = None,
         tools: Sequence[Tool] | None = None,
     ) -> None:
+        if thinking not in (True, False, None):
+            raise TypeError(f"thinking must be True, False or None, got {thinking!r}.")
         self.model, self.tokenizer, self.keep_markup = model, tokenizer, keep_markup
         self.system, self.prefix = system, prefix
         self.thinking, self.tools = thinking, tools
@@ -98,7 +100,7 @@ class Turn:
             raise TypeError(f"question must be a string, got {type(question).__name__}.")
         self.num_patches = _num_patches(pixel_values, num_patches_list)
         self.pixel_values = pixel_values if self.num_patches else None
-        history = list(history or [])
+        history = _checked_history(history)
         if not history and IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n" * len(self.num_patches) + question
         conversation = self._empty_conversation()
@@ -171,13 +173,18 @@ class Turn:
         stopping = [*(options.pop("stopping_criteria", None) or []), *extra.pop("stopping_criteria", [])]
         extra["stopping_criteria"] = StoppingCriteriaList(stopping)
         pixel_values = to_model(self.model, self.pixel_values)
-        digests = session.encode_images(pixel_values, self.num_patches)
         ids = torch.tensor([self.prompt.input_ids], device=input_device(self.model))
+        extra["attention_mask"] = torch.ones_like(ids)
+        if option(self.model, options, "assistant_model") is not None:  # which reads and looks for itself
+            output = self.model.generate(input_ids=ids, pixel_values=pixel_values, **options, **extra)
+            return _sequences(output)[0, ids.shape[1] :].tolist()
+        session.follow(self.model)
+        digests = session.encode_images(pixel_values, self.num_patches)
         embeds = self.model.embed_prompt(ids, visual_features=session.features(digests))
         keys, cache = session.prompt_keys(self.prompt, digests), None
         if cacheable(self.model, options):
             cache = extra["past_key_values"] = session.cache_for(keys)
-        output = self.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **options, **extra)
+        output = self.model.generate(inputs_embeds=embeds, **options, **extra)
         new_ids = _sequences(output)[0].tolist()
         if cache is not None:
             session.commit(cache, keys, new_ids)
@@ -227,6 +234,18 @@ class Turn:
         else:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.split(self.conversation.template.end_of_turn)[0]
+
+
+def _checked_history(history: History | None) -> list[tuple[str, str]]:
+    pairs = [] if history is None else list(history)
+    for i, pair in enumerate(pairs):
+        whole = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not whole:
+            raise TypeError(
+                f"history[{i}] must be a pair (question, answer) of strings, got {pair!r:.80}. Messages with roles go "
+                "through processor.apply_chat_template and generate."
+            )
+    return pairs
 
 
 def _num_patches(pixel_values: torch.Tensor | None, num_patches_list: Sequence[int] | None) -> list[int]:
@@ -298,10 +317,12 @@ def histories_of(questions: Sequence[str], history: Sequence[History | None] | N
 
     Raises:
         ValueError: `questions` is no list, or the histories are not as many.
+        TypeError: an entry of a history is no pair of strings.
     """
     if isinstance(questions, str) or not questions:
         raise ValueError("questions must be a non-empty list of strings; for a single question use chat().")
-    histories = list(history) if history is not None else [None] * len(questions)
+    given = [None] * len(questions) if history is None else list(history)
+    histories = [None if past is None else _checked_history(past) for past in given]
     if len(histories) != len(questions):
         raise ValueError(f"history has {len(histories)} entries for {len(questions)} questions.")
     return histories
@@ -357,6 +378,8 @@ def _per_turn(rows: list[Any], turns: Sequence[Turn]) -> list[list[Any]]:
 
 
 def _generate_batch(model: Any, turns: Sequence[Turn], options: dict[str, Any]) -> Any:
+    if option(model, options, "assistant_model") is not None:
+        raise ValueError("assistant_model helps with one question at a time: use chat().")
     length = max(len(turn.prompt.input_ids) for turn in turns)
     pad = option(model, options, "pad_token_id")
     ids = torch.full((len(turns), length), pad, device=input_device(model))

@@ -1,7 +1,10 @@
 """Scores, log-probabilities, attention in pixels and pooled features, each against a computation of another kind."""
 
+import copy
 import math
+import threading
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import CHAT, INTERNLM2, LLAMA, QWEN2, load
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from versions import CHECKPOINTING
 
 from internvl_hub.attention_internvl import Tiling, attention_map_of, attention_rows
 from internvl_hub.image_processing_internvl import InternVLImageProcessor
@@ -86,14 +90,19 @@ def test_images_are_encoded_once_and_the_batch_does_not_matter(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"choices": []}, "choices"), ({"choices": "ab"}, "choices"), ({"normalize": "max"}, "normalize"),
-     ({"batch_size": 0}, "batch_size")],
-    ids=range(4),
+    [({"choices": []}, "choices"), ({"choices": "ab"}, "choices"), ({"choices": [1]}, "choices"),
+     ({"normalize": "max"}, "normalize"), ({"batch_size": 0}, "batch_size")],
+    ids=range(5),
 )  # fmt: skip
 def test_bad_arguments_of_score(wrong: dict, words: str) -> None:
     model, tokenizer = loaded(QWEN2)
     with pytest.raises(ValueError, match=words):
         model.score(tokenizer, None, "Q", **{"choices": ["a"], **wrong})
+
+
+def test_choices_may_be_any_iterable() -> None:
+    model, tokenizer = loaded(QWEN2)
+    assert model.score(tokenizer, None, "Q", iter(["a", "b"])) == model.score(tokenizer, None, "Q", ["a", "b"])
 
 
 @pytest.mark.parametrize("as_object", [False, True])
@@ -222,7 +231,37 @@ def test_attention_map_of_a_question() -> None:
             model.attention_map(tokenizer, question="What?", **wrong)
     with pytest.raises(ValueError, match="empty"):
         model.attention_map(tokenizer, image, "What?", "")
+    with pytest.raises(ValueError, match=r"4 tiles, the tiling 1"):  # four tiles make one larger square
+        model.attention_map(
+            tokenizer, None, "What?", pixel_values=pixels[:1].repeat(4, 1, 1, 1), tiling=Tiling((60, 60))
+        )
     assert model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_attention_maps_while_another_thread_chats() -> None:
+    """And in training mode with activation checkpointing, where caches stay empty."""
+    model, tokenizer = copy.deepcopy(loaded(QWEN2)[0]), loaded(QWEN2)[1]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 180, 3), np.uint8))
+    expected = model.attention_map(tokenizer, image, "What?", "a cat").by_token
+    getattr(model, f"{CHECKPOINTING}_enable")()
+    model.train()
+    torch.testing.assert_close(model.attention_map(tokenizer, image, "What?", "a cat").by_token, expected)
+    model.eval()
+    stop, decoder = threading.Event(), model.language_model.get_decoder()
+
+    def chat_on(decoder: Any = decoder) -> None:
+        while not stop.is_set():
+            decoder(input_ids=torch.tensor([[5, 6, 7]]))
+
+    others = threading.Thread(target=chat_on)
+    others.start()
+    try:
+        for _ in range(5):
+            found = model.attention_map(tokenizer, image, "What?", "a cat").by_token
+            torch.testing.assert_close(found, expected)
+    finally:
+        stop.set()
+        others.join()
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings

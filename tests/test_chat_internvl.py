@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LogitsProcessor, MaxTimeCriteria, PreTrainedTokenizerFast
+from versions import CHECKPOINTING
 
 from internvl_hub.conversation import TemplateError
 from internvl_hub.generation_internvl import DEFAULT_MAX_NEW_TOKENS
@@ -732,3 +733,93 @@ def test_the_callers_stopping_criteria_stay() -> None:
     options["logits_processor"] = [Script([60, 61, 62, 63, 64])]
     assert model.chat(tokenizer, None, "Hi", options) == answer
     assert options["stopping_criteria"] == [at_three]
+
+
+# ------------------------------------------------------------------------------------------------- callers' mistakes
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[{"role": "user", "content": "x"}], [("q", None)], ["qa"], [("q", "a", "b")], [("q", 3)]],
+    ids=["messages", "unanswered", "string", "triple", "number"],
+)
+def test_a_history_of_other_things_is_refused(history: list) -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(TypeError, match=r"history\[0\] must be a pair"):
+        model.chat(tokenizer, None, "Hi", GREEDY, history=history)
+    with pytest.raises(TypeError, match=r"history\[0\] must be a pair"):
+        model.batch_chat(tokenizer, None, ["Hi"], GREEDY, history=[history])
+
+
+def test_a_history_read_from_json_is_one() -> None:
+    model, tokenizer = load(QWEN)
+    answer = model.chat(tokenizer, None, "Hi", GREEDY, history=[["a", "b"]])
+    assert answer == model.chat(tokenizer, None, "Hi", GREEDY, history=[("a", "b")])
+
+
+@pytest.mark.parametrize("given", [[("q", "a")], "greedy", [1]], ids=["history", "string", "list"])
+def test_generation_config_of_another_type_is_refused(given: Any) -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(TypeError, match="generation_config must be a dictionary"):
+        model.chat(tokenizer, None, "Hi", given)
+
+
+def test_no_new_tokens_are_not_the_default_number() -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.chat(tokenizer, None, "Hi", {"max_new_tokens": 0})
+
+
+def test_thinking_is_on_off_or_unsaid() -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(TypeError, match="thinking must be True, False or None, got 'off'"):
+        model.chat(tokenizer, None, "Hi", GREEDY, thinking="off")
+
+
+# ------------------------------------------------------------------------------------------- transformers' own options
+
+
+def test_one_stopping_criterion_is_a_list_of_one() -> None:
+    model, tokenizer = load(QWEN)
+    stop = MaxTimeCriteria(0.0)  # after the first token
+    listed = model.chat(tokenizer, None, "Hi", {**LONG, "stopping_criteria": [stop]})
+    assert model.chat(tokenizer, None, "Hi", {**LONG, "stopping_criteria": stop}) == listed
+    assert model.batch_chat(tokenizer, None, ["Hi"], {**LONG, "stopping_criteria": stop}) == [listed]
+    assert listed != model.chat(tokenizer, None, "Hi", LONG)
+
+
+def test_a_draft_model_changes_no_answer() -> None:
+    model, tokenizer = load(QWEN)
+    draft, _ = fresh()
+    with torch.no_grad():
+        draft.mlp1[1].weight.mul_(1.5)  # a draft model that is often wrong
+    images = tiles(3)
+    plain = model.chat(tokenizer, images, "<image>\nHi", LONG)
+    helped = {**LONG, "assistant_model": draft}
+    assert model.chat(tokenizer, images, "<image>\nHi", helped) == plain
+    assert model.chat(tokenizer, images, "<image>\nHi", helped, session=model.new_session()) == plain
+    assert "".join(model.stream_chat(tokenizer, images, "<image>\nHi", helped)) == plain
+    with pytest.raises(ValueError, match="one question at a time"):
+        model.batch_chat(tokenizer, None, ["a", "b"], helped)
+
+
+def test_chunks_of_a_prompt_are_refused() -> None:
+    model, tokenizer = load(QWEN)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.chat(tokenizer, tiles(1), "<image>\nHi", {**GREEDY, "prefill_chunk_size": 4})
+
+
+def test_answers_after_training_with_checkpointing() -> None:
+    """In training mode activation checkpointing leaves caches empty; generation would go on with the last token."""
+    model, tokenizer = fresh()
+    images, question = tiles(3), "<image>\nHi"
+    plain = model.chat(tokenizer, images, question, LONG)
+    several = model.batch_chat(tokenizer, images, [question], LONG, num_patches_list=[3])
+    getattr(model, f"{CHECKPOINTING}_enable")()
+    model.train()
+    assert model.chat(tokenizer, images, question, LONG) == plain
+    assert "".join(model.stream_chat(tokenizer, images, question, LONG)) == plain
+    assert model.batch_chat(tokenizer, images, [question], LONG, num_patches_list=[3]) == several
+    assert model.training
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    assert layers and any(layer.gradient_checkpointing for layer in layers), "as it was"

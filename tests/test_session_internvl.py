@@ -3,12 +3,14 @@
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from internvl_hub.configuration_internvl_chat import InternVLChatConfig
@@ -534,3 +536,32 @@ def test_two_conversations_do_not_meet(new_ids: list) -> None:
     both(second, "<image>\nWhat?", [FOX], new_ids)
     both(first, "And?", [], new_ids)
     assert first.session.reused_tokens > 0
+
+
+def test_a_session_of_another_model_is_refused() -> None:
+    model, other = load(QWEN), copy.deepcopy(load(QWEN))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        other.chat(tokenizer_of(QWEN), None, "Hi", GREEDY, session=model.new_session())
+
+
+def test_a_session_follows_the_active_adapters() -> None:
+    model = copy.deepcopy(load(QWEN))
+    settings = {"r": 2, "lora_alpha": 64, "target_modules": r".*(q_proj|qkv)", "init_lora_weights": False}
+    torch.manual_seed(1)
+    tuned = get_peft_model(model, LoraConfig(**settings), "a")
+    tuned.add_adapter("b", LoraConfig(**settings))
+    tokenizer, session = tokenizer_of(QWEN), model.new_session()
+    turns = [("a", True), ("b", True), ("b", True), ("b", False), ("a", True)]
+    history, reused, answers = None, [], []
+    for name, active in turns:
+        tuned.set_adapter(name)
+        with nullcontext() if active else tuned.disable_adapter():
+            question = "And?" if history else "<image>\nHi"
+            wanted = model.chat(tokenizer, CAT, question, GREEDY, history=history)
+            answer, history = model.chat(
+                tokenizer, CAT, question, GREEDY, history=history, session=session, return_history=True
+            )
+        assert answer == wanted
+        answers.append(answer)
+        reused.append((session.reused_tokens > 0, session.encoded_images))
+    assert reused == [(False, 1), (False, 1), (True, 0), (False, 1), (False, 1)]
