@@ -130,7 +130,7 @@ def draw_boxes(image: Any, grounding: Grounding, font: Any = None) -> Image.Imag
     font = ImageFont.truetype(font, size) if isinstance(font, str) else font
     own = font is None
     font = ImageFont.load_default(size) if own else font
-    line = max(1, round(min(picture.size) / 200))
+    line = max(2, max(picture.size) // 150)  # still seen where a viewer shrinks a large picture to its window
     colours: dict[str, str] = {}
     for label, box in grounding.boxes:
         colour = colours.setdefault(label, _COLOURS[len(colours) % len(_COLOURS)])

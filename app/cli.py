@@ -88,6 +88,24 @@ def _page(arguments: Sequence[str]) -> int:
     return page_main(arguments)
 
 
+def _serve(arguments: Sequence[str]) -> int:
+    from .serve_command import serve_main
+
+    return serve_main(arguments)
+
+
+def _quantize(arguments: Sequence[str]) -> int:
+    from .quantize_command import quantize_main
+
+    return quantize_main(arguments)
+
+
+def _gguf(arguments: Sequence[str]) -> int:
+    from .gguf_command import gguf_main
+
+    return gguf_main(arguments)
+
+
 def _demo(arguments: Sequence[str]) -> int:
     from .demo import main as demo
 
@@ -140,6 +158,9 @@ _DELEGATED: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pairs": (_pairs, "make preference pairs from a model's own answers"),
     "push": (_push, "publish a checkpoint on the Hub, load it back and compare"),
     "upload": (_upload, "gather a checkpoint with its code into a folder, or publish it on the Hub"),
+    "quantize": (_quantize, "write a quantized copy: FP8, int8, GPTQ or AWQ, calibrated on images and text"),
+    "gguf": (_gguf, "export to llama.cpp with its own converter, and check the files"),
+    "serve": (_serve, "serve a model through OpenAI's protocol"),
     "page": (_page, "chat with a model about images and videos in the browser"),
     "demo": (_demo, "answer questions about example images with the bundled tiny model"),
 }
@@ -241,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RecursionError) as error:  # the last: JSON nested without end
         print(f"internvl {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

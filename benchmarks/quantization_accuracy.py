@@ -3,12 +3,14 @@
 The questions are those of `internvl_hub.examples.internvl_tiny.evaluate`, the answers greedy. Before and after see the
 same questions, so the difference is that of the paired answers: its 95 % interval is taken over the questions that
 only one of the two gets right. Goal: at most one point lost. `--also-vision` quantizes the vision encoder and the
-projector too, to see what the default of this package is for.
+projector too, to see what the default of this package is for. `--folder` compares folders that were compressed before
+(`internvl quantize`) with the checkpoint that they were made from.
 
     python benchmarks/quantization_accuracy.py bnb-int8 bnb-nf4 torchao-int8
     python benchmarks/quantization_accuracy.py bnb-nf4 --samples 400 --also-vision
+    python benchmarks/quantization_accuracy.py --folder build/tiny-gptq build/tiny-awq --samples 50
 
-The methods need `pip install bitsandbytes` or `pip install torchao`.
+The methods need `pip install bitsandbytes` or `pip install torchao`, folders `pip install compressed-tensors`.
 """
 
 import argparse
@@ -56,12 +58,15 @@ def settings(method: str, also_vision: bool = False) -> Any:
 
 
 def quantized_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers whose weights are no plain floating-point tensors."""
+    """Names of the linear layers whose weights are no plain floating-point tensors, or are packed ones."""
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) or hasattr(m, "in_features")]
-    return [name for name, module in linears if _is_quantized(module.weight)]
+    return [name for name, module in linears if _is_quantized(module)]
 
 
-def _is_quantized(weight: torch.Tensor) -> bool:
+def _is_quantized(module: nn.Module) -> bool:
+    if hasattr(module, "quantization_scheme"):  # of compressed-tensors, which unpacks at the first forward
+        return True
+    weight = module.weight
     plain = type(weight) in (torch.Tensor, nn.Parameter) and type(weight.data) is torch.Tensor
     return not plain or not weight.is_floating_point()
 
@@ -79,7 +84,9 @@ def unpack_odd_widths(model: nn.Module) -> int:
 
 
 def load(method: str, also_vision: bool = False) -> InternVLChatModel:
-    """The tiny checkpoint, quantized."""
+    """The tiny checkpoint, quantized by a method of `METHODS`; of any other name, the folder that it is."""
+    if method not in METHODS:
+        return InternVLChatModel.from_pretrained(method).eval()
     model = InternVLChatModel.from_pretrained(CHECKPOINT, quantization_config=settings(method, also_vision)).eval()
     unpack_odd_widths(model)
     return model
@@ -107,15 +114,22 @@ def accuracy(rows: list[Row]) -> float:
 def main() -> None:
     """Prints a line per method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="+", choices=METHODS)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--folder", nargs="+", default=[], help="compressed before, from the same checkpoint")
     parser.add_argument("--samples", type=int, default=100, help="questions per task")
     parser.add_argument("--also-vision", action="store_true", help="quantize vision encoder and projector as well")
     options = parser.parse_args()
+    if unknown := set(options.methods) - set(METHODS):
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    if missing := [folder for folder in options.folder if not Path(folder, "config.json").is_file()]:
+        parser.error(f"no checkpoint in {', '.join(missing)}")
+    if not [*options.methods, *options.folder]:
+        parser.error("name a method, or a --folder")
     model, processor = evaluate.load(CHECKPOINT)
     samples = list(evaluate.held_out("test", options.samples))
     before = evaluate.mark(model.eval(), processor, samples)
     print(f"n {len(before)}, float32: {accuracy(before):.1f} %", flush=True)
-    for method in options.methods:
+    for method in [*options.methods, *options.folder]:
         model = load(method, options.also_vision)
         names = quantized_linears(model)
         parts = {part: sum(name.startswith(part) for name in names) for part in ("vision_model", "mlp1", "language")}

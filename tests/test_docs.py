@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from documentation import BLOCK, BUILD, LOAD, blocks_of, prepare_workplace, run_blocks
+from documentation import BLOCK, BUILD, LOAD, PRINTS, RUNS, blocks_of, prepare_workplace, printed_by, prints_of
 
 from internvl_hub.app import (
     data_commands,
     estimate_command,
     eval_command,
+    gguf_command,
     page_command,
     pairs_command,
+    quantize_command,
+    serve_command,
     training_commands,
 )
 from internvl_hub.app.cli import build_parser
@@ -57,10 +60,23 @@ PREPARE = {"training.md": _trained, "data.md": _problems}
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, tmp_path: Path) -> None:
-    blocks = blocks_of(ROOT / "docs" / page)
+    path = ROOT / "docs" / page
     prepare_workplace(ROOT, tmp_path)
     PREPARE.get(page, lambda folder: None)(tmp_path)
-    run_blocks([BEFORE.get(page, ""), *blocks], tmp_path)
+    printed = printed_by([BEFORE.get(page, ""), *blocks_of(path)], tmp_path)[1:]
+    wanted = prints_of(path)
+    assert len(printed) == len(wanted)
+    for shown, expected in zip(printed, wanted, strict=True):
+        assert expected is None or shown == expected
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_marks_stand_where_they_are_read(page: str) -> None:
+    """A mark before anything else than its block would promise a check that nobody makes."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(text))
+    assert text.count(PRINTS) == sum(match["prints"] is not None and not match["skip"] for match in found)
+    assert text.count(RUNS) == sum(match["commands"] is not None for match in found)
 
 
 def test_what_is_not_run_says_why() -> None:
@@ -77,6 +93,9 @@ PARSERS = {
     "eval": eval_command._parser,
     "pairs": pairs_command._parser,
     "page": page_command.build_parser,
+    "quantize": quantize_command.build_parser,
+    "gguf": gguf_command.build_parser,
+    "serve": serve_command.build_parser,
     "push": push_command.build_parser,
 }
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}

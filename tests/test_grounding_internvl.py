@@ -68,6 +68,16 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert np.asarray(drawn)[50, 40].tolist() == [255] * 3
 
 
+@pytest.mark.parametrize(("size", "line"), [((100, 80), 2), ((1500, 400), 10), ((400, 3000), 20)], ids=str)
+def test_lines_grow_with_the_longer_side(size: tuple[int, int], line: int) -> None:
+    width, height = size
+    box = (0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height)
+    drawn = np.asarray(draw_boxes(Image.new("RGB", size, "white"), Grounding([("", box)], ""))) != 255
+    across, down = drawn[height // 2].any(-1), drawn[:, width // 2].any(-1)
+    assert [across[: width // 2].sum(), across[width // 2 :].sum()] == [line] * 2
+    assert [down[: height // 2].sum(), down[height // 2 :].sum()] == [line] * 2
+
+
 @pytest.mark.parametrize("label", ["cat", "橙色的三角形", "x" * 500, "a\nb\x00", "🦁"])
 @pytest.mark.parametrize("size", [(5, 4), (64, 48), (300, 20)], ids=str)
 def test_labels_of_every_kind_are_drawn_in_every_size(label: str, size: tuple[int, int]) -> None:

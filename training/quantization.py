@@ -10,10 +10,11 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_internvl_chat import InternVLChatConfig
+from ..quantization_internvl import KEPT_MODULES
 
 
 def quantization_config(kind: str, dtype: str = "auto") -> BitsAndBytesConfig:
-    """Settings of bitsandbytes for the language model; vision encoder, projector and output head stay as they are.
+    """Settings of bitsandbytes for the language model; `KEPT_MODULES` of `quantization_internvl` stay as they are.
 
     Args:
         kind: `"nf4"` (4 bits, constants quantized too: QLoRA, arXiv 2305.14314, section 3) or `"int8"` (LLM.int8).
@@ -24,7 +25,7 @@ def quantization_config(kind: str, dtype: str = "auto") -> BitsAndBytesConfig:
     """
     if not is_bitsandbytes_available():
         raise ImportError(f"quantization={kind!r} needs bitsandbytes: pip install bitsandbytes")
-    kept = {"llm_int8_skip_modules": ["vision_model", "mlp1", "lm_head"]}
+    kept = {"llm_int8_skip_modules": list(KEPT_MODULES)}
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **kept)
     return BitsAndBytesConfig(

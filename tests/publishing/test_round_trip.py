@@ -39,6 +39,24 @@ found = [answer, getattr(type(model), "published", 1), type(model).__module__]
 print(json.dumps(found))
 """.replace("QUESTION", repr(QUESTION))
 
+NATIVE = """
+import sys
+sys.modules["internvl_hub"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+repo, *revisions = sys.argv[1:]
+found, inputs = {}, load_file("inputs.safetensors")
+for revision in revisions:
+    model = AutoModelForImageTextToText.from_pretrained(repo, revision=revision, trust_remote_code=False).eval()
+    assert type(model).__module__ == "transformers.models.internvl.modeling_internvl"
+    tokenizer, ids = AutoTokenizer.from_pretrained(repo, revision=revision), inputs["input_ids"][0].tolist()
+    assert tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"] == ids
+    with torch.no_grad():
+        found[revision] = model(**inputs).logits
+save_file(found, "logits.safetensors")
+"""
+
 
 @pytest.fixture(autouse=True)
 def _few_parts(hub: HubServer) -> None:
@@ -138,6 +156,35 @@ def test_native_copy_holds_the_same_weights(
     native, own = load_file(save), load_file(TINY / "model.safetensors")
     total = {sum(tensor.double().abs().sum().item() for tensor in each.values()) for each in (native, own)}
     assert max(total) - min(total) < 1e-6 * max(total)
+
+
+def test_native_copy_loads_by_name_and_revision_without_our_code(
+    hub: HubServer, api: HfApi, picture: Path, tmp_path: Path
+) -> None:
+    """transformers' own class in a clean interpreter, on the pixels and ids of the original's processor."""
+    other, _ = _second_version(tmp_path)
+    assert push_main([str(TINY), "user/tiny", "--no-verify", "--native"], api) == 0
+    first = hub.repositories["user/tiny-hf"].refs["main"]
+    assert push_main([str(other), "user/tiny", "--no-verify", "--native"], api) == 0
+    assert hub.repositories["user/tiny-hf"].refs["main"] != first
+    content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": QUESTION[8:]}]
+    inputs = InternVLProcessor.from_pretrained(TINY).apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {**kept, **home, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-c", NATIVE, "user/tiny-hf", first, "main"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "logits.safetensors")
+    for revision, checkpoint in ((first, TINY), ("main", other)):
+        with torch.no_grad():
+            expected = InternVLChatModel.from_pretrained(checkpoint).eval()(**inputs).logits
+        torch.testing.assert_close(found[revision], expected, rtol=1e-4, atol=1e-4)
+    assert (found[first] - found["main"]).abs().max() > 0.1
 
 
 def test_dry_run_of_the_command_sends_nothing(hub: HubServer, api: HfApi, capsys: pytest.CaptureFixture[str]) -> None:
