@@ -41,7 +41,7 @@ from .losses_internvl import LabelLogProbsOutput
 from .modeling_intern_vit import InternVisionModel, request_flash_attention
 from .modeling_internlm2 import InternLM2ForCausalLM, mend_dynamic_ntk
 from .native_internvl import foreign_tensors
-from .quantization_internvl import keep_vision_unquantized
+from .quantization_internvl import keep_vision_unquantized, misread_layers, refuse_repacked
 from .resuming_internvl import accept_disk_names
 from .supervision_internvl import InternVLSupervisionMixin
 
@@ -165,7 +165,23 @@ class InternVLChatModel(
         saved = getattr(kwargs.get("config"), "quantization_config", None)
         if saved is None and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_vision_unquantized(kwargs["quantization_config"])
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if misread := misread_layers(model):
+            logger.warning(
+                f"bitsandbytes unpacks the 4-bit weights of {len(misread)} layers wrongly on a CPU (such as "
+                f"{misread[0]}): their width is no multiple of the block. Quantize with torchao there."
+            )
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: bitsandbytes has repacked 4-bit weights, whose scales it would save wrongly.
+        """
+        refuse_repacked(self)
+        return super().save_pretrained(*args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

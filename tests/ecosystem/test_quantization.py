@@ -36,7 +36,7 @@ def test_only_decoder_layers_are_left_to_quantize(model_type: str, suffix: str) 
 def _passed(monkeypatch: pytest.MonkeyPatch, *, config: Any = None, **options: Any) -> Any:
     """The quantization configuration that transformers' `from_pretrained` is given."""
     seen: dict[str, Any] = {}
-    replacement = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs))
+    replacement = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs) or nn.Module())
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", replacement)
     extra = {} if config is None else {"config": config}
     InternVLChatModel.from_pretrained(CHAT / CHECKPOINTS[0], **extra, **options)

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import CHAT, QWEN2, chat_config, llm_dict, vision_dict
 from torch import nn
-from transformers import BitsAndBytesConfig, InternVLForConditionalGeneration, TorchAoConfig
+from transformers import BitsAndBytesConfig, InternVLForConditionalGeneration, PreTrainedModel, TorchAoConfig
 
+from internvl_hub import modeling_internvl_chat
 from internvl_hub.conversion.convert import convert
 from internvl_hub.examples.internvl_tiny import evaluate
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
@@ -227,16 +228,21 @@ def test_repacked_weights_are_not_saved(folder: Path, asked: dict, tmp_path: Pat
     except ValueError as error:
         assert "before anything is computed" in str(error)
         repacked = True
-    model.save_pretrained(tmp_path / "used")
+        with pytest.raises(ValueError, match="repacked"):
+            model.save_pretrained(tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+    PreTrainedModel.save_pretrained(model, tmp_path / "used")
     again = _logits(InternVLChatModel.from_pretrained(tmp_path / "used").eval(), asked)
     assert torch.equal(again, expected) != repacked
 
 
-def test_misread_widths_are_found(root: Path, folder: Path) -> None:
+def test_misread_widths_are_found(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against bitsandbytes' own kernel on the same codes and scales laid out as one row, where it is right."""
     method = _installed("bitsandbytes-nf4")
     functional = importlib.import_module("bitsandbytes.functional")
-    assert misread_layers(_quantized(folder, method)) == []
+    said: list[str] = []
+    monkeypatch.setattr(modeling_internvl_chat.logger, "warning", said.append)
+    assert misread_layers(_quantized(folder, method)) == [] == said
     model = _quantized(root / "checkpoints" / "internvl-tiny", method)  # width 160
     found, wrong = misread_layers(model), []
     for name, layer in model.named_modules():
@@ -249,6 +255,7 @@ def test_misread_widths_are_found(root: Path, folder: Path) -> None:
         if not torch.equal(functional.dequantize_4bit(layer.weight.data, state), right):
             wrong.append(name)
     assert found == wrong and len(found) == 24  # all but the four of width 448
+    assert ["24 layers wrongly" in words for words in said] == [True]
 
 
 def test_native_copy_by_transformers_own_class(method: str, folder: Path, asked: dict, tmp_path: Path) -> None:
