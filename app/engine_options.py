@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Modules that load torch are imported where they are needed, so that help and errors come at once.
 
-_KINDS = ("vllm", "sglang", "lmdeploy", "other")
+_KINDS = ("vllm", "sglang", "lmdeploy", "internvl", "other")
 _ANY_MODEL = "auto"
 _SAMPLE = 1 << 16
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .answers import parse_response
-from .boxes import GROUNDING_HIT, box_iou, parse_boxes, read_boxes, relative_box
+from .boxes import GROUNDING_HIT, box_iou, read_boxes, relative_box
 from .choice_metrics import (
     first_letter,
     mmbench_letter,
@@ -170,7 +170,8 @@ def _verified(task: str) -> Scorer:
 
 def _auto(text: str, question: Question) -> Mark:
     """As the row's `task` says; without one, boxes as boxes and all else as `verify` does by default."""
-    has_box = any(parse_boxes(gold) for gold in question.answers)
+    boxes = [box for gold in question.answers for box in read_boxes(gold)]  # decimals: pixels become thousandths
+    has_box = any(box[2] > box[0] and box[3] > box[1] for box in boxes)
     return _verified(question.task or ("box" if has_box else "auto"))(text, question)
 
 

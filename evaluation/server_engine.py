@@ -2,11 +2,11 @@
 
 What servers take beyond OpenAI's own fields, and how it is used here:
 
-- `Sampling.top_k`: vLLM and SGLang take `top_k` with -1 for all; LMDeploy takes 0 for all, and 40 if there is none;
-  others are only told of a limit.
+- `Sampling.top_k`: vLLM, SGLang and `internvl serve` take `top_k` with -1 for all; LMDeploy takes 0 for all, and 40 if
+  there is none; others are only told of a limit.
 - `Request.prefix`: the last message is the assistant's. LMDeploy continues it as it is; vLLM and SGLang need
-  `continue_final_message` without `add_generation_prompt`, which others get too.
-- `Request.max_tiles`: `mm_processor_kwargs` of vLLM, `image_url.max_dynamic_patch` of SGLang and LMDeploy. Others are
+  `continue_final_message` without `add_generation_prompt`, which others get too; `internvl serve` cannot do it.
+- `Request.max_tiles`: `mm_processor_kwargs` of vLLM and `internvl serve`, `image_url.max_dynamic_patch` of SGLang and LMDeploy. Others are
   not told, and a warning says so.
 - Several answers: `n`; where fewer come (LMDeploy gives one), the rest is asked for again with other seeds.
 
@@ -61,7 +61,7 @@ class ServerEngine:
         timeout: Seconds without a byte after which a try is given up; answers come whole, so as long as one takes.
         retries: Further tries after a status of 429 or 5xx, a timeout, a lost connection or a reply that is no json,
             each after twice the wait of the one before, or what `Retry-After` says, at most a minute.
-        kind: `vllm`, `sglang`, `lmdeploy` or `other`; None for what the server's list of models says.
+        kind: One of `KINDS`; None for what the server's list of models says.
         num_frames: Frames of a video that does not say itself how many.
         exif: Turn pictures upright.
         first_wait: Seconds before the first further try.
@@ -182,7 +182,7 @@ def sampling_fields(sampling: Sampling, kind: str) -> dict[str, Any]:
     """Fields of a request that say how answers are drawn."""
     fields: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "n": sampling.n, "seed": sampling.seed}
     fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    everything = {"vllm": -1, "sglang": -1, "lmdeploy": 0}.get(kind)
+    everything = {"vllm": -1, "sglang": -1, "internvl": -1, "lmdeploy": 0}.get(kind)
     top_k = sampling.top_k or everything
     return fields if top_k is None else {**fields, "top_k": top_k}
 

@@ -18,7 +18,8 @@ from ..tiling_internvl import divided_max_num, load_image, to_rgb
 from .engines import Answer, Request
 from .request_media import DEFAULT_FRAMES, Picture, question_text, spell_request
 
-KINDS = ("vllm", "sglang", "lmdeploy", "other")
+KINDS = ("vllm", "sglang", "lmdeploy", "internvl", "other")
+ONE_BUDGET = ("vllm", "internvl")  # one number of tiles for all pictures of a request
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _ORIENTATION = 0x0112
 _FAILED = ("error", "abort", "content_filter")
@@ -41,15 +42,18 @@ def request_body(
         exif: Turn pictures upright; servers do not look at the orientation of a file.
 
     Raises:
-        ValueError, OSError: a medium cannot be read, or (vLLM) pictures and frames need tiles of different number.
+        ValueError, OSError: a medium cannot be read, (vLLM, `internvl serve`) pictures and frames need tiles of
+            different number, or (the latter) the answer is begun.
     """
     parts = spell_request(request, num_frames, exif)
     budgets = _budgets(request, parts, kind)
     messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
     messages.append({"role": "user", "content": _content(parts, budgets, kind, exif)})
     body: dict[str, Any] = {"model": model, "messages": messages}
-    if kind == "vllm" and budgets:
+    if kind in ONE_BUDGET and budgets:
         body["mm_processor_kwargs"] = {"max_dynamic_patch": next(iter(budgets.values()))}
+    if request.prefix and kind == "internvl":
+        raise ValueError("`internvl serve` does not go on with a begun answer; ask the model here, or another server")
     if request.prefix:
         messages.append({"role": "assistant", "content": request.prefix})
         if kind != "lmdeploy":
@@ -64,8 +68,10 @@ def _budgets(request: Request, parts: Sequence[str | Picture], kind: str) -> dic
     budgets = {True: 1} if len(pictures) > stills else {}
     if stills and request.max_tiles is not None:
         budgets[False] = divided_max_num(request.max_tiles, stills)
-    if kind == "vllm" and stills and True in budgets and budgets.get(False) != 1:
-        raise ValueError("vLLM has one number of tiles for all pictures of a request; set max_tiles=1 beside a video")
+    if kind in ONE_BUDGET and stills and True in budgets and budgets.get(False) != 1:
+        raise ValueError(
+            "this server has one number of tiles for all pictures of a request; set max_tiles=1 beside a video"
+        )
     return budgets
 
 

@@ -119,7 +119,9 @@ def test_a_text_question(server: Server) -> None:
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
-@pytest.mark.parametrize(("kind", "top_k"), [("vllm", -1), ("sglang", -1), ("lmdeploy", 0), ("unheard of", None)])
+@pytest.mark.parametrize(
+    ("kind", "top_k"), [("vllm", -1), ("sglang", -1), ("internvl", -1), ("lmdeploy", 0), ("x", None)]
+)
 def test_no_limit_on_tokens_in_every_dialect(server: Server, kind: str, top_k: int | None) -> None:
     of_kind(server, kind).sample([Request("Why?")], Sampling(temperature=1.0))
     assert server.bodies[0].get("top_k") == top_k
@@ -132,6 +134,11 @@ def test_a_prefix_is_left_open(server: Server, kind: str, flags: bool) -> None:
     (body,) = server.bodies
     assert body["messages"][-1] == {"role": "assistant", "content": "Because"}
     assert body.get("continue_final_message", False) is flags and body.get("add_generation_prompt", True) is not flags
+
+
+def test_a_server_that_cannot_go_on_is_not_asked(server: Server) -> None:
+    (failure,) = of_kind(server, "internvl").sample([Request("Why?", prefix="Because")], GREEDY)
+    assert isinstance(failure, Failure) and "does not go on" in failure.reason and not server.bodies
 
 
 def test_pictures_stand_at_their_marks(server: Server, tmp_path: Path) -> None:
@@ -189,9 +196,10 @@ def test_tiles_are_told_in_every_dialect(server: Server, tmp_path: Path, caplog:
         of_kind(server, kind).sample([request], GREEDY)
         content = server.bodies[-1]["messages"][0]["content"]
         assert [part["image_url"]["max_dynamic_patch"] for part in content] == [3, 3]
-    of_kind(server, "vllm").sample([request, Request("<image>", (file,))], GREEDY)
-    told = sorted(str(body.get("mm_processor_kwargs")) for body in server.bodies[-2:])
-    assert told == ["None", "{'max_dynamic_patch': 3}"] and not caplog.records
+    for kind in ("vllm", "internvl"):
+        of_kind(server, kind).sample([request, Request("<image>", (file,))], GREEDY)
+        told = sorted(str(body.get("mm_processor_kwargs")) for body in server.bodies[-2:])
+        assert told == ["None", "{'max_dynamic_patch': 3}"] and not caplog.records
     engine = of_kind(server, "openai")
     engine.sample([request], GREEDY)
     engine.sample([request], GREEDY)
