@@ -14,13 +14,11 @@ from typing import Any
 import torch
 
 from .attention_internvl import AttentionMap, Tiling, attention_map_of, attention_rows
-from .grounding_internvl import Grounding, draw_boxes, grounding_question, parse_grounding
-from .image_processing_internvl import InternVLImageProcessor
-from .processing_internvl import image_settings
+from .grounding_internvl import Grounding, box_text, draw_boxes, grounding_question, parse_grounding
 from .prompting_internvl import IGNORE_INDEX
 from .tiling_internvl import load_image, to_rgb
 from .turns_internvl import IMAGE_TOKENS, History, Turn, input_device, to_model
-from .video_chat_internvl import InternVLVideoMixin
+from .video_chat_internvl import InternVLVideoMixin, tiling_processor
 
 NORMALIZATIONS = ("sum", "mean")
 SOURCES = ("vision", "projector")
@@ -54,6 +52,7 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
 
     parse_grounding = staticmethod(parse_grounding)
     draw_boxes = staticmethod(draw_boxes)
+    box_text = staticmethod(box_text)
 
     # ------------------------------------------------------------------------------------------------------- grounding
 
@@ -75,7 +74,8 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
             phrase: What to look for, asked about in the words of the RefCOCO evaluation; or a whole question with
                 `<ref>...</ref>` in it, which is asked as it is.
             generation_config: As in `chat`; None for a greedy answer of at most 256 tokens.
-            image_processor: The checkpoint's, if it has settings of its own; None makes one from the configuration.
+            image_processor: The checkpoint's, if it has settings of its own, or its whole processor; None makes one
+                from the configuration.
             system: As in `chat`.
 
         Returns:
@@ -92,7 +92,7 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
         return parse_grounding(answer, *picture.size)
 
     def _tiles_of(self, image: Any, image_processor: Any) -> tuple[Any, torch.Tensor, Tiling]:
-        processor = image_processor or InternVLImageProcessor(**image_settings(self.config))
+        processor = tiling_processor(self.config, image_processor)
         picture = to_rgb(load_image(image))
         return picture, processor([picture])["pixel_values"], Tiling.of(processor, picture.size)
 
@@ -128,7 +128,8 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
             ImageCountError, TokenizerError, TemplateError: as in `chat`.
             ValueError: no choices, an unknown `normalize`, or a `batch_size` below 1.
         """
-        if isinstance(choices, str) or not choices:
+        choices = () if isinstance(choices, str) else tuple(choices)
+        if not choices or not all(isinstance(choice, str) for choice in choices):
             raise ValueError("choices must be a non-empty list of strings.")
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}.")
@@ -144,7 +145,7 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
             tokens += self._answer_log_probs(rows[start : start + batch_size], features)
         totals = [sum(row) / (len(row) if normalize == "mean" else 1) for row in tokens]
         probabilities = torch.tensor(totals, dtype=torch.float64).softmax(0).tolist()
-        return ChoiceScores(tuple(choices), tuple(totals), tuple(probabilities), tuple(tokens))
+        return ChoiceScores(choices, tuple(totals), tuple(probabilities), tuple(tokens))
 
     def _answer_log_probs(
         self, rows: Sequence[tuple[list[int], list[int]]], features: torch.Tensor | None
@@ -217,6 +218,11 @@ class InternVLAnalysisMixin(InternVLVideoMixin):
             raise ValueError("answer is empty; None asks for the position before an answer.")
         if image is not None:
             _, pixel_values, tiling = self._tiles_of(image, image_processor)
+        if len(pixel_values) != tiling.tiles:
+            raise ValueError(
+                f"pixel_values has {len(pixel_values)} tiles, the tiling {tiling.tiles}; give the tiling with which "
+                "pixel_values was made."
+            )
         turn = Turn(self, tokenizer, IMAGE_TOKENS, True, system)
         turn.prepare(pixel_values, question, None, None)
         first = last = len(turn.prompt.input_ids) - 1

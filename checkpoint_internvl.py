@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): fetch it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object: fetch it again.")

@@ -78,7 +78,7 @@ class InternVisionConfig(PretrainedConfig):
     ) -> None:
         if norm_type not in ("rms_norm", "layer_norm"):
             raise ValueError(f"norm_type must be 'rms_norm' or 'layer_norm', got {norm_type!r}.")
-        if hidden_size % num_attention_heads:
+        if num_attention_heads < 1 or hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}."
             )

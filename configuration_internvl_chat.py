@@ -50,6 +50,11 @@ AUTO_MAP = {
 # transformers 5 reads both names and writes the first; released files and transformers 4 have the second.
 _NAMES_IN_4 = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 _DEFAULT_LLM = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+_FLAGS = ("pad2square", "dynamic_image_size", "use_thumbnail")
+_TEXTS = ("template", "system_message")
+# Integers with their least value; None where any will do.
+_INTEGERS = {"select_layer": None, "min_dynamic_patch": 1, "max_dynamic_patch": 1}
+_OPTIONAL_INTEGERS = {"force_image_size": 0, "img_context_token_id": 0}
 
 
 def drop_dead_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +124,29 @@ def build_llm_config(values: dict[str, Any] | PretrainedConfig | None) -> Pretra
     return CONFIG_MAPPING[model_type](**values)
 
 
+def _check_fields(config: PretrainedConfig) -> None:
+    """Raises `ValueError` for a field of `InternVLChatConfig` itself whose value no code can use, and names both."""
+    wrong = dict.fromkeys((name for name in _FLAGS if not isinstance(getattr(config, name), bool)), "true or false")
+    wrong |= dict.fromkeys(
+        (name for name in _TEXTS if not isinstance(getattr(config, name), str | None)), "a text or null"
+    )
+    for name, least in (_INTEGERS | _OPTIONAL_INTEGERS).items():
+        value, bound = getattr(config, name), "" if least is None else f" of at least {least}"
+        if value is None and name in _OPTIONAL_INTEGERS:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            wrong[name] = f"an integer{bound}{' or null' if name in _OPTIONAL_INTEGERS else ''}"
+    ratio = config.downsample_ratio
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+        wrong["downsample_ratio"] = "a number above 0 and up to 1"
+    for name, wanted in wrong.items():
+        raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}.")
+    if config.min_dynamic_patch > config.max_dynamic_patch:
+        raise ValueError(
+            f"min_dynamic_patch {config.min_dynamic_patch} exceeds max_dynamic_patch {config.max_dynamic_patch}."
+        )
+
+
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -158,13 +186,16 @@ class InternVLChatConfig(PretrainedConfig):
             0 in merged checkpoints and in every model in memory, since loading merges them.
         pad2square: Pad each tile to a square instead of stretching it.
         select_layer: -1 for the encoder's last hidden state, else an index into its hidden states (0 = embeddings).
-        force_image_size: Tile side in pixels; overrides `vision_config.image_size`.
+        force_image_size: Tile side in pixels; overrides `vision_config.image_size` unless None or 0.
         downsample_ratio: Pixel-shuffle factor per axis; 0.5 turns 32x32 patches into 16x16 tokens.
         template: Name of the conversation template in `conversation.py`.
         dynamic_image_size, use_thumbnail, min_dynamic_patch, max_dynamic_patch: Tiling, see `InternVLImageProcessor`.
         ps_version: Pixel-shuffle version: `"v2"` (releases) or `"v1"` (transposed output, early checkpoints).
         img_context_token_id: Id of `<IMG_CONTEXT>`; saved so that a model works without asking a tokenizer.
         system_message: Replaces the template's system text unless None (some released files say `null`).
+
+    Raises:
+        ValueError: a field has a value that no code can use, or no language model is known by the name given.
     """
 
     model_type = "internvl_chat"
@@ -210,6 +241,7 @@ class InternVLChatConfig(PretrainedConfig):
         self.max_dynamic_patch = max_dynamic_patch
         self.img_context_token_id = img_context_token_id
         self.system_message = system_message
+        _check_fields(self)
         # Copies of the language model's fields (DeepSpeed reads hidden_size; heads are tied by llm_config alone).
         kwargs = drop_dead_defaults(kwargs)
         kwargs.pop("hidden_size", None)

@@ -65,9 +65,12 @@ def check_clip(clip: Clip) -> tuple[float, float]:
     Raises:
         ValueError: not two numbers, start first; only the end may be infinite.
     """
-    values = tuple(float(value) for value in clip)
+    try:
+        values = tuple(float(value) for value in clip)
+    except (TypeError, ValueError):
+        values = ()
     if len(values) != 2 or not (np.isfinite(values[0]) and values[0] < values[1]):
-        raise ValueError(f"a clip is (start, end) in seconds with start < end, got {clip}")
+        raise ValueError(f"a clip is (start, end) in seconds with start < end, got {clip!r}")
     return values[0], values[1]
 
 

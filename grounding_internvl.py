@@ -1,4 +1,4 @@
-"""Boxes in answers: reading them, turning them into pixels, and drawing them.
+"""Boxes in answers: reading them, turning them into pixels, drawing them; and writing them for questions.
 
 InternVL writes `<ref>label</ref><box>[[x1, y1, x2, y2]]</box>` with whole numbers in 0-1000 of the original image's
 sides. Models write other things too: no tags, single brackets, decimals in 0-1, quadrilaterals. Whatever stands in a
@@ -8,7 +8,7 @@ text, reading it is no error. How answers are scored is `evaluation/boxes.py`, w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,38 @@ def _as_box(values: Iterable[str | float]) -> Box:
 def grounding_question(phrase: str) -> str:
     """The question that asks where something is; a phrase that holds a `<ref>` already is the question itself."""
     return phrase if "<ref>" in phrase else GROUNDING_PROMPT.format(phrase)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def box_text(boxes: Iterable[Sequence[float]], width: float, height: float, label: str = "") -> str:
+    """Boxes in pixels as InternVL writes them, for questions and training data; `parse_grounding` reads them back.
+
+    Args:
+        boxes: (x1, y1, x2, y2) each, corners in any order.
+        width, height: Of the original image, in pixels.
+        label: What stands in `<ref>` before them; "" for no `<ref>`.
+
+    Returns:
+        `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`, whole numbers from 0 to 1000.
+
+    Raises:
+        ValueError: no boxes, a box that is not four numbers within the image, or an image without area.
+    """
+    if not (width > 0 and height > 0):
+        raise ValueError(f"width and height must be positive, got {width} and {height}")
+    corners = [_thousandths(box, width, height) for box in boxes]
+    if not corners:
+        raise ValueError("boxes is empty")
+    return f"<ref>{label}</ref>" * bool(label) + f"<box>{corners}</box>"
+
+
+def _thousandths(box: Sequence[float], width: float, height: float) -> list[int]:
+    if len(box) != 4 or not all(0 <= value <= (width, height)[i % 2] for i, value in enumerate(box)):
+        raise ValueError(f"a box must be [x1, y1, x2, y2] in pixels of the {width} x {height} image, got {list(box)}")
+    values = [round(FULL_SCALE * value / (width, height)[i % 2]) for i, value in enumerate(box)]
+    return [min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,7 +162,11 @@ class InternVLChatModel(
         """As in transformers; a `quantization_config` leaves encoder, projector and output head as they are.
 
         Unless it lists itself what to leave out (`quantization_internvl.py`).
+
+        Raises:
+            OSError: a folder holds adapters alone.
         """
+        _refuse_adapters(pretrained_model_name_or_path)
         saved = getattr(kwargs.get("config"), "quantization_config", None)
         if saved is None and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_vision_unquantized(kwargs["quantization_config"])
@@ -518,6 +523,16 @@ def _check_tile_index(index: torch.Tensor, tiles: int) -> None:
         return
     if not 0 <= int(index.min()) <= int(index.max()) < tiles:
         raise ValueError(f"tile_index names tiles {int(index.min())} to {int(index.max())} of {tiles}.")
+
+
+def _refuse_adapters(name_or_path: Any) -> None:
+    folder = Path(str(name_or_path))  # of a training run; one with peft's files alone transformers reads itself
+    adapters = (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
+    if adapters and not [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
+        raise OSError(
+            f"{folder} holds adapters, not a model: `internvl merge {folder} merged` writes the whole one, and "
+            "peft.PeftModel.from_pretrained(base_model, folder) puts them onto their base."
+        )
 
 
 def _without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:

@@ -38,6 +38,7 @@ PROCESSOR = "processing_internvl.InternVLProcessor"
 IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
 PREPROCESSING = "preprocessor_config.json"
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+_REFERENCE = re.compile(r"\w+\.\w+")  # file.Class, the only form that the loader of remote code reads
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # A folder without this file was not made here, so it is never replaced. Dot files are not uploaded.
@@ -85,7 +86,9 @@ KINDS = {
 
 
 # Files that a push may have written and that change how a checkpoint loads: deleted where a later one lacks them.
-_OWNED = frozenset({"processor_config.json"}.union(*(kind.copied for kind in KINDS.values())))
+# With an adapter beside them, `from_pretrained` would load the adapter's base model instead of the weights.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_OWNED = frozenset({"processor_config.json", *_ADAPTER}.union(*(kind.copied for kind in KINDS.values())))
 
 
 class CheckpointError(FileNotFoundError):
@@ -109,10 +112,14 @@ def relative_imports(path: Path) -> list[str]:
 
     Raises:
         HubCodeError: the file uses a form that transformers' loader cannot follow (``from . import x``, a dotted or a
-            parent module).
+            parent module), or is no Python.
     """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise HubCodeError(f"{path} cannot be read as Python: {error}") from error
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+    for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         if node.level > 1 or node.module is None or "." in node.module:
@@ -144,27 +151,44 @@ def hub_files(entries: Iterable[Path]) -> list[Path]:
 
 def kind_of(folder: Path, config: dict[str, Any]) -> Kind:
     """Return what goes with a checkpoint of this configuration; `LayoutError` if none of `KINDS` does."""
-    kind = KINDS.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    kind = KINDS.get(model_type) if isinstance(model_type, str) else None
     if kind is None:
         raise LayoutError(
-            f"{folder}/config.json says model_type={config.get('model_type')!r}; only {' and '.join(KINDS)} "
+            f"{folder}/config.json says model_type={model_type!r}; only {' and '.join(KINDS)} "
             "checkpoints are published, so convert it first"
         )
     return kind
 
 
-def complete_auto_map(own: dict[str, Any], auto_map: dict[str, str], code_root: Path) -> dict[str, Any]:
+def complete_auto_map(own: Any, auto_map: dict[str, str], code_root: Path) -> dict[str, str]:
     """`auto_map`, overridden by the checkpoint's own entries where they name a file that is published with it.
 
     References into another repository (``user/name--file.Class``, which transformers writes after loading from the
     Hub) would make the published checkpoint run that repository's code: they give way.
+
+    Raises:
+        LayoutError: `own` is no mapping, or a further entry is something else than ``file.Class``.
     """
-    local = {key: ref for key, ref in own.items() if key not in auto_map or _entry(ref, code_root).is_file()}
-    return {**auto_map, **local}
+    if not isinstance(own or {}, dict):
+        raise LayoutError(f"auto_map in config.json must map auto classes to file.Class, got {own!r}")
+    further = {key: reference for key, reference in (own or {}).items() if key not in auto_map}
+    for reference in further.values():
+        _entry(reference, code_root)
+    local = {key: own[key] for key in auto_map if own and _is_published(own.get(key), code_root)}
+    return {**auto_map, **local, **further}
 
 
-def _entry(reference: str, code_root: Path) -> Path:
-    return code_root / f"{reference.rpartition('.')[0]}.py"
+def _entry(reference: Any, code_root: Path) -> Path:
+    """The file that an entry of an ``auto_map`` names. A path in it could name any Python file of the disk."""
+    if not (isinstance(reference, str) and _REFERENCE.fullmatch(reference)):
+        raise LayoutError(f"auto_map names {reference!r}: write file.Class, of a Python file beside the weights")
+    return code_root / f"{reference.partition('.')[0]}.py"
+
+
+def _is_published(reference: Any, folder: Path) -> bool:
+    valid = isinstance(reference, str) and _REFERENCE.fullmatch(reference)
+    return bool(valid) and _entry(reference, folder).is_file()
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -172,7 +196,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
     Raises:
         CheckpointError: there are none, or a shard that the index names is missing.
-        LayoutError: a single file and an index contradict each other, or a shard is named by a path.
+        LayoutError: a single file and an index contradict each other, the index has no ``weight_map``, or a shard is
+            named by a path.
     """
     single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     if single.is_file() and index.is_file():
@@ -182,7 +207,10 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if not index.is_file():
         looked_for = f"{single.name} and {index.name}"
         raise CheckpointError(f"{checkpoint} has no weights: looked for {looked_for}.{_hint(checkpoint)}")
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+        raise LayoutError(f"{index} has no weight_map of tensor names to files: fetch or write it again")
+    names = sorted(set(weight_map.values()))
     if strange := [name for name in names if not _SHARD.fullmatch(name)]:
         raise LayoutError(f"{index} names shards that are no safetensors files of its folder: {strange}")
     if missing := [name for name in names if not (checkpoint / name).is_file()]:
@@ -204,7 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LayoutError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise LayoutError(f"{path} holds a {type(value).__name__}, not an object")
@@ -244,10 +272,12 @@ def own_code(checkpoint: Path, name: str, auto_class: str, code_root: Path) -> l
     auto_map = read_json(path).get("auto_map") or {} if path.is_file() else {}
     references = auto_map.get(auto_class) if isinstance(auto_map, dict) else auto_map
     files: list[Path] = []
-    for reference in [references] if isinstance(references, str) else references or []:  # of [slow, fast] one is null
-        repository, _, local = (reference or "").rpartition("--")
+    for reference in references if isinstance(references, list) else [references]:
+        if reference is None:  # of [slow, fast] one is null
+            continue
+        repository, _, local = reference.rpartition("--") if isinstance(reference, str) else ("", "", reference)
         roots = [root for root in (code_root, checkpoint) if _entry(local, root).is_file()]
-        if local and (roots or not repository):
+        if roots or not repository:
             files += hub_files([_entry(local, (roots or [checkpoint])[0])])
     return files
 
@@ -269,7 +299,23 @@ def _local(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_local(item, folder) for item in value]
     local = value.rpartition("--")[2] if isinstance(value, str) else ""
-    return local if local and _entry(local, folder).is_file() else value
+    return local if _is_published(local, folder) else value
+
+
+def drop_local_names(path: Path) -> None:
+    """Remove ``_name_or_path`` and ``name_or_path`` at any depth: transformers notes there whence it loaded last.
+
+    That is a folder of somebody's disk as often as a Hub name, and nothing reads it. Other files stay, to the byte.
+    """
+    values = read_json(path)
+    if (kept := _without_names(values)) != values:
+        write_json(path, kept)
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_names(each) for key, each in value.items() if key.lstrip("_") != "name_or_path"}
+    return [_without_names(each) for each in value] if isinstance(value, list) else value
 
 
 def processor_config(saved: dict[str, Any]) -> dict[str, Any]:
@@ -277,12 +323,15 @@ def processor_config(saved: dict[str, Any]) -> dict[str, Any]:
 
     ``AutoProcessor`` reads ``auto_map`` at its top level, ``AutoImageProcessor`` in the nested ``image_processor``.
     """
+    images = saved.get("image_processor") or {}
+    if not isinstance(images, dict):
+        raise LayoutError(f"image_processor in processor_config.json must be an object, got {images!r}")
     return {
         **saved,
         "processor_class": PROCESSOR.rpartition(".")[2],
         "auto_map": {"AutoProcessor": PROCESSOR},
         "image_processor": {
-            **saved.get("image_processor", {}),
+            **images,
             "image_processor_type": IMAGE_PROCESSOR.rpartition(".")[2],
             "auto_map": {"AutoImageProcessor": IMAGE_PROCESSOR},
         },
@@ -339,7 +388,10 @@ def gather(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "new"
         staged.mkdir()
-        _fill(checkpoint, staged, code_root, {"repo_id": folder.name, **card})
+        try:
+            _fill(checkpoint, staged, code_root, {"repo_id": folder.name, **card})
+        except RecursionError as error:
+            raise LayoutError(f"a file of {checkpoint} is nested too deeply to be read") from error
         if folder.exists():
             folder.rename(Path(temporary) / "old")
         staged.rename(folder)
@@ -349,13 +401,18 @@ def gather(
 def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, Any]) -> None:
     config = read_json(checkpoint / "config.json")
     kind = kind_of(checkpoint, config)
-    config["auto_map"] = complete_auto_map(config.get("auto_map") or {}, kind.auto_map, code_root)
+    config["auto_map"] = complete_auto_map(config.get("auto_map"), kind.auto_map, code_root)
     references = dict.fromkeys([*config["auto_map"].values(), *kind.processors])
     code = hub_files(dict.fromkeys(_entry(reference, code_root) for reference in references))
     code += own_code(checkpoint, *kind.own_code, code_root)
     weights, data = weight_files(checkpoint), data_files(checkpoint, kind)
     own = [file for file in code if file.is_relative_to(checkpoint) and not file.is_relative_to(code_root)]
     refuse_escapes([*weights, *data, *own, *checkpoint.glob("*config.json")], checkpoint)
+    if check := _companion("weights_check"):
+        try:
+            check.refuse_damaged(weights)
+        except ValueError as error:
+            raise LayoutError(str(error)) from error
     for file in weights:
         link_or_copy(file, staged / file.name)
     for file in [*data, *code]:
@@ -367,6 +424,8 @@ def _fill(checkpoint: Path, staged: Path, code_root: Path, card: dict[str, Any])
         processor = checkpoint / "processor_config.json"
         saved = read_json(processor) if processor.is_file() else derive_processor(staged)
         write_json(staged / processor.name, processor_config(saved))
+    for file in staged.glob("*config.json"):
+        drop_local_names(file)
     write_card(staged / "README.md", checkpoint, kind.task, **card)
     (staged / MARKER).touch()
 
@@ -511,8 +570,15 @@ def _run_isolated(code: str, *arguments: str) -> str:
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise VerificationError(f"{arguments[0]} does not load on its own:\n{done.stderr[-4000:]}")
+        raise VerificationError(f"{arguments[0]} does not load on its own: {last_error(done.stderr)}")
     return done.stdout
+
+
+def last_error(text: str) -> str:
+    """The exception that ended an interpreter, as one line, from what it wrote to its standard error."""
+    trace = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    starts = [number for number, line in enumerate(trace) if line and not line[0].isspace()]
+    return " ".join(" ".join(trace[starts[0] :] if starts else trace).split())[:1000] or "it was ended from outside"
 
 
 def push(
@@ -550,7 +616,7 @@ def push(
         A `publishing.hub.Published`: names of the files, commit, addresses.
 
     Raises:
-        SecretError: a file holds what looks like a credential.
+        SecretError: a file, or one that the card is made of, holds what looks like a credential.
         ConflictError: the branch is not, or no longer, where it was expected, or the tag exists.
         UploadError: the connection broke; calling again completes the upload.
         and what `gather` raises.
@@ -561,7 +627,7 @@ def push(
     with beside(Path(checkpoint)) as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         files = gather(checkpoint, folder, code_root=code_root, **card)
-        secrets.refuse_secrets(files)
+        secrets.refuse_secrets([*secrets.card_sources(Path(checkpoint)), *files])
         if check:
             print(verify(folder))
         if inspect is not None:
@@ -569,8 +635,14 @@ def push(
         hub.show(files, Path(checkpoint))
         if dry_run:
             return hub.Published(tuple(Path(file.name) for file in files))
+        if license or base_model or evaluations:  # for a card that is on the Hub already, too
+            where["complete_card"] = lambda path: write_card(path, Path(checkpoint), _task(folder), **card)
         api = api or hub.hub_api(token)
         return hub.commit(files, repo_id, api=api, owned=_OWNED, message=commit_message, **where)
+
+
+def _task(folder: Path) -> str:
+    return kind_of(folder, read_json(folder / "config.json")).task
 
 
 @contextmanager
@@ -636,9 +708,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 replace_card=arguments.replace_card,
                 **card,
             )
-            print(f"committed: {done.pull_request or done.url}" if done.commit else "dry run: nothing was sent")
+            print(done.summary)
     except (OSError, ValueError, ImportError, VerificationError) as error:
-        print(f"internvl-upload: {error}", file=sys.stderr)
+        print(f"internvl-upload: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

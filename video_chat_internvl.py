@@ -6,13 +6,14 @@ Decoding is `video_internvl.py`, the rules by which frames are chosen `frames_in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .frames_internvl import LABEL_TOKENS, Clip, clip_range, frame_prompt, frames_within, segment_indices
+from .frames_internvl import LABEL_TOKENS, Clip, check_clip, clip_range, frame_prompt, frames_within, segment_indices
 from .image_processing_internvl import InternVLImageProcessor
 from .processing_internvl import image_settings
 from .video_internvl import VideoInfo, VideoLoadError, probe_video, read_frames
@@ -57,13 +58,19 @@ def load_video_frames(
     image_processor: Any = None,
 ) -> VideoInput:
     """See `InternVLVideoMixin.load_video`; `config` is the model's."""
-    _check(fps=fps, num_frames=num_frames, max_frames=max_frames, max_tiles=max_tiles, token_budget=token_budget)
+    _check(Real, "number", fps=fps, source_fps=source_fps)
+    _check(
+        Integral, "integer", num_frames=num_frames, max_frames=max_frames, max_tiles=max_tiles,
+        token_budget=token_budget,
+    )  # fmt: skip
+    if clip is not None and check_clip(clip)[0] < 0:
+        raise ValueError(f"clip={clip} begins before the video; let it begin at 0 or later.")
     if fps is not None and num_frames is not None:
         raise ValueError("Give fps or num_frames, not both: each says alone how many frames are shown.")
     info = probe_video(path, fps=source_fps)
     if timestamps and info.fps is None:
         raise VideoLoadError(path, "its frames have no times to write as timestamps", "Pass source_fps.")
-    processor = image_processor or InternVLImageProcessor(**image_settings(config))
+    processor = tiling_processor(config, image_processor)
     per_tile = config.tokens_per_tile(1)[0]
     count, reason = _frame_count(path, info, fps, num_frames, clip)
     tiles = max_tiles
@@ -75,7 +82,7 @@ def load_video_frames(
     for limit, name in limits:
         if limit is not None and count > limit:
             count, reason = limit, f"{reason}, cut to {limit} by {name}"
-    read = read_frames(path, lambda video: _indices(video, count, clip), fps=source_fps)
+    read = read_frames(path, lambda video: _indices(video, count, clip, fps is not None), fps=source_fps)
     settings = {"dynamic_image_size": tiles > 1, "max_dynamic_patch": tiles, "min_dynamic_patch": 1}
     output = processor(read.frames, **settings)
     patches = output["num_patches"].tolist()
@@ -85,10 +92,21 @@ def load_video_frames(
     return VideoInput(output["pixel_values"], patches, prompt, read.indices, read.timestamps, choice)
 
 
-def _check(**values: float | None) -> None:
+def tiling_processor(config: Any, given: Any = None) -> Any:
+    """The image processor to cut tiles with.
+
+    Args:
+        config: Of the model; where none is given, one is made from it.
+        given: An image processor, or a whole processor that has one.
+    """
+    return getattr(given, "image_processor", given) or InternVLImageProcessor(**image_settings(config))
+
+
+def _check(kind: type, noun: str, **values: Any) -> None:
     for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive, got {value}.")
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name} must be a positive {noun}, got {value!r}.")
 
 
 def _frame_count(
@@ -107,7 +125,7 @@ def _frame_count(
             shown = clip_range(info.frames, clip, info.fps, info.timestamps)[1]
         except ValueError as error:
             raise VideoLoadError(path, error, f"The video has {info.frames} frames at {info.fps:g} fps.") from error
-    # As many as the rate gives, but no frame twice.
+    # As many as the rate gives, but not more than there are.
     return min(shown, max(1, round(shown / info.fps * fps))), f"fps={fps:g}"
 
 
@@ -123,8 +141,14 @@ def _fit(budget: int, count: int, per_tile: int, max_tiles: int, info: VideoInfo
     raise AssertionError("max_tiles is at least 1")
 
 
-def _indices(info: VideoInfo, count: int, clip: Clip | None) -> np.ndarray:
-    return segment_indices(info.frames, count, info.fps, clip, timestamps=info.timestamps)
+def _indices(info: VideoInfo, count: int, clip: Clip | None, once: bool) -> np.ndarray:
+    """Frames to show; `once` where there are enough of them for none to be shown twice."""
+    indices = segment_indices(info.frames, count, info.fps, clip, timestamps=info.timestamps)
+    if not once or len(np.unique(indices)) == count:
+        return indices
+    # The model cards' rule repeats frames where its parts are shorter than one.
+    first, shown = (0, info.frames) if clip is None else clip_range(info.frames, clip, info.fps, info.timestamps)
+    return first + np.arange(count) * shown // count
 
 
 class InternVLVideoMixin:
@@ -134,7 +158,7 @@ class InternVLVideoMixin:
         """Frames of a video, ready for `chat`: `chat(tokenizer, video.pixel_values, video.prompt + question, ...)`.
 
         The frames are the middles of equal parts of the video, as in the model cards; a video shorter than
-        `num_frames` repeats frames.
+        `num_frames` repeats frames. `fps` repeats none: at the video's rate and above it all frames are shown.
 
         Args:
             path: A film (needs PyAV), a GIF, APNG or WebP animation, or a folder of pictures.
@@ -148,14 +172,15 @@ class InternVLVideoMixin:
                 clip: (start, end) in seconds; the end may be infinite.
                 max_tiles: Most tiles per frame, thumbnail aside; 1, as in training.
                 source_fps: Frame rate of a folder of pictures, which has none of its own.
-                image_processor: The checkpoint's, if it has settings of its own.
+                image_processor: The checkpoint's, if it has settings of its own; or its whole processor.
 
         Returns:
             Tiles, their numbers and the lines to put before the question, with `choice` saying what was chosen.
 
         Raises:
             VideoLoadError: PyAV is missing, the file cannot be used, or `clip` lies outside it.
-            ValueError: `fps` with `num_frames`, a value that is not positive, or a budget below one frame.
+            ValueError: `fps` with `num_frames`, a value that is not positive or not a whole number where one is
+                needed, a malformed `clip`, or a budget below one frame.
         """
         return load_video_frames(self.config, path, **options)
 

@@ -4,6 +4,9 @@ The time stamps of all packets, which are read without decoding, say where the f
 (`video_index_internvl.py`); then only the pictures between a wanted frame and the keyframe before it are decoded. A
 film without usable time stamps is decoded from its start and counted. How films are opened is in
 `video_film_internvl.py`.
+
+A truncated film is told by the index of mp4 and mov and by the header of Matroska, WebM, FLV and AVI. MPEG and raw
+streams and fragmented mp4 do not say how long they should be: cut off, they are shorter films.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 TAIL_SHARE = 0.05
 """Share of the frames (and at least one) that may be missing at the end of a damaged film; more is an error."""
+
+_ODD_END = 0.5  # seconds by which a stated duration may be off without meaning anything
 
 
 def tail_allowance(frames: int) -> int:
@@ -92,7 +97,9 @@ class ContainerSource(Film):
                     packets.append(Packet(packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.is_discard))
                     self._last_duration = float(packet.duration or 0) * self._tick
             self._check_length(len(packets))
-            self._frame_index = index_packets(packets, self.path)
+            index = index_packets(packets, self.path)
+            self._check_end(index.pts)
+            self._frame_index = index
         return self._frame_index
 
     def _check_length(self, found: int) -> None:
@@ -108,6 +115,26 @@ class ContainerSource(Film):
             raise VideoLoadError(self.path, cause, FIX_FILE)
         if missing > 0:
             logger.warning("%s lacks the last %d of its %d frames", self.path, missing, promised)
+
+    def _check_end(self, pts: list[int]) -> None:
+        """Compares with the duration that the header states, in formats that have such a header.
+
+        Pictures may end before the sound does, so only what lacks both is truncated. A last frame may be shown for as
+        long as any other.
+        """
+        stated = self._stated_end
+        if stated is None or not pts:
+            return
+        usual = max(np.diff(pts).max(initial=0) * self._tick, self._last_duration, min(_ODD_END, TAIL_SHARE * stated))
+        end = pts[-1] * self._tick + self._last_duration
+        if stated - end > usual:
+            end = max(end, self._last_moment())
+        if stated - end <= usual:
+            return
+        if stated - end > TAIL_SHARE * stated:
+            cause = f"it is truncated: it ends after {end:.1f} s of the {stated:.1f} s that its header states"
+            raise VideoLoadError(self.path, cause, FIX_FILE)
+        logger.warning("%s ends after %.1f s of the %.1f s that its header states", self.path, end, stated)
 
     def _info_from_packets(self) -> VideoInfo | None:
         if not self._index.pts:

@@ -23,6 +23,8 @@ MIN_PYAV = 18
 
 FIX_FILE = "Fetch or export the file again."
 
+_STATES_DURATION = ("matroska,webm", "flv")  # formats whose duration is from the header, not from what is there
+
 
 class Film:
     """A film, opened for reading; only its first video stream that is no cover picture is used.
@@ -42,25 +44,52 @@ class Film:
         self._open()
 
     def _open(self) -> None:
-        error_type = self._av.error.FFmpegError
-        try:
-            # The prefix keeps names with a colon from being read as URLs, the list playlists from the network.
-            self._container = self._av.open(
-                f"file:{os.fspath(self.path)}", options={"protocol_whitelist": "file"}, metadata_errors="ignore"
-            )
-        except error_type as error:
-            cause = f"not a film that FFmpeg can read ({error.strerror})"
-            raise VideoLoadError(self.path, cause, FIX_FILE) from error
+        self._container = self._opened_file()
         streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams or self._container.format.name == "tty":  # FFmpeg draws text files
             self._container.close()
             fix = "Give a film, an animation or a folder of frames."
             raise VideoLoadError(self.path, "it has no video stream", fix)
         self._stream = streams[0]
+        if self._stream.codec_context is None:  # as in a file whose index is cut off
+            self._container.close()
+            raise VideoLoadError(self.path, "its codec is damaged or unknown to FFmpeg", FIX_FILE)
         self._stream.codec_context.thread_count = self.threads
         for stream in self._container.streams:
             if stream.index != self._stream.index:
                 stream.discard = self._av.stream.Discard.all  # spares reading the sound
+
+    def _opened_file(self) -> Any:
+        try:
+            # The prefix keeps names with a colon from being read as URLs, the list playlists from the network.
+            return self._av.open(
+                f"file:{os.fspath(self.path)}", options={"protocol_whitelist": "file"}, metadata_errors="ignore"
+            )
+        except self._av.error.FFmpegError as error:
+            cause = f"not a film that FFmpeg can read ({error.strerror})"
+            raise VideoLoadError(self.path, cause, FIX_FILE) from error
+
+    @property
+    def _stated_end(self) -> float | None:
+        """Second at which the film ends, sound included, as its header says; None where no header says it."""
+        name, rate = self._container.format.name, self._stream.average_rate
+        if name == "avi":  # FFmpeg shortens its duration to what is there, but not the number of frames
+            return float(self._stream.frames / rate) if self._stream.frames and rate else None
+        if name not in _STATES_DURATION or self._container.duration is None:
+            return None
+        return self._container.duration / self._av.time_base
+
+    def _last_moment(self) -> float:
+        """Second at which the last packet of any stream ends; reads the file once more."""
+        moments = [0.0]
+        with self._opened_file() as container:
+            try:
+                for packet in container.demux():
+                    if packet.pts is not None:
+                        moments.append(float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            except self._av.error.FFmpegError:  # a damaged end
+                pass
+        return max(moments)
 
     @property
     def _tick(self) -> float:

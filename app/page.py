@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .page_chat import Host
-from .page_limits import RANGES, THINKING, PageError, Settings, can_think, checked_settings
+from .page_gate import Gate, UploadBudget, UploadLimits
+from .page_limits import THINKING, PageError, Settings, can_think, checked_settings, setting_ranges
 from .page_media import IMAGE_ENDINGS, VIDEO_ENDINGS, MediaLimits, UploadError, read_upload
 from .page_messages import Shelf, chat_messages, tile_views, token_summary
 from .page_visitors import Conversations
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = ("max_tiles", "frames", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 _CSS = """
 .gradio-container {max-width: 1320px !important; margin: 0 auto !important}
 #title h1 {font-size: 1.45rem; font-weight: 650; margin: 0}
@@ -45,13 +46,17 @@ class Page:
         host: The model.
         uploads: Folder of uploads and of pictures to show; Gradio must be using it too.
         media: Limits of single uploads.
+
+    Attributes:
+        budget: What all uploads may take together.
     """
 
     def __init__(self, host: Host, uploads: str | Path, media: MediaLimits | None = None) -> None:
         self.host, self.uploads = host, Path(uploads)
         self.media = media or MediaLimits()
         self.visitors = Conversations(host)
-        self.shelf = Shelf(uploads)
+        self.shelf = Shelf(self.uploads / "shown")
+        self.budget = UploadBudget(UploadLimits(seconds=host.limits.idle_seconds))
 
     def ask(self, request: gr.Request, sent: dict[str, Any] | None, turns: int, *values: Any) -> Iterator[Any]:
         """Answers what was sent; yields (chat, box, tiles, summary, number of turns).
@@ -62,13 +67,14 @@ class Page:
         try:
             conversation = self.visitors.get(request.session_hash)
             if turns and not conversation.exchanges:
-                gr.Warning("The earlier conversation was dropped after a long pause; this begins a new one.")
+                gr.Warning("The earlier conversation was dropped, after a long pause or to make room for others.")
             settings = checked_settings(
                 dict(zip(self._names(), values, strict=True)), self.host.limits, self.media.frames
             )
             self.host.limits.check_media(len(conversation.media) + len(sent["files"]))
             uploads = [read_upload(path, self.uploads, self.media, settings.frames) for path in sent["files"]]
             for exchange in conversation.ask(sent["text"], uploads, settings):
+                self.visitors.admit()
                 done = conversation.exchanges and conversation.exchanges[-1] is exchange
                 yield self._shown(conversation, None if done else exchange)
             yield self._shown(conversation)
@@ -79,6 +85,8 @@ class Page:
             logger.exception("an answer failed")
             gr.Warning("The answer failed; the server's log says why.")
             yield gr.skip(), gr.update(value=sent, interactive=True), gr.skip(), gr.skip(), gr.skip()
+        finally:
+            self.visitors.release(request.session_hash)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the visitor's answer."""
@@ -97,8 +105,14 @@ class Page:
         """The visitor has closed the page."""
         self.visitors.close(request.session_hash)
 
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of the numbers that a visitor can set."""
+        ranges = setting_ranges(self.host.limits, self.media.frames)
+        return {name: (low, high) for name, (low, high) in ranges.items() if low < high}
+
     def _names(self) -> tuple[str, ...]:
-        return (*_SETTINGS, "system", *(("thinking",) if can_think(self.host.model) else ()))
+        return (*self.ranges, "system", *(("thinking",) if can_think(self.host.model) else ()))
 
     def _shown(self, conversation: Any, current: Any = None) -> tuple[Any, ...]:
         finished = conversation.exchanges
@@ -119,7 +133,7 @@ def build(page: Page, title: str, examples: str | Path | None = None) -> gr.Bloc
         title: Name of the model.
         examples: Folder of pictures with `questions.json`: `[{"image": name, "turns": [[question, answer], ...]}]`.
     """
-    with gr.Blocks(title=f"InternVL: {title}", delete_cache=(600, 7200), analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"InternVL: {title}", analytics_enabled=False) as blocks:
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>{html.escape(page.host.description)}</p>", elem_id="title")
         turns = gr.State(0)
         with gr.Row(equal_height=False):
@@ -147,7 +161,7 @@ def build(page: Page, title: str, examples: str | Path | None = None) -> gr.Bloc
         for event in (clear.click, chat.clear):
             event(page.clear, None, outputs, queue=False, api_name="clear", api_visibility="undocumented")
         blocks.unload(page.leave)
-    return blocks.queue(max_size=page.host.limits.waiting)
+    return blocks.queue(max_size=page.host.limits.waiting, api_open=False)  # else `run` would pass the queue by
 
 
 def _chat() -> gr.Chatbot:
@@ -185,8 +199,6 @@ def _refuse_addresses(box: gr.MultimodalTextbox) -> None:
 
 def _add_settings(page: Page) -> list[Any]:
     limits, default = page.host.limits, Settings()
-    most = {"max_tiles": limits.tiles, "frames": page.media.frames, "max_new_tokens": limits.new_tokens}
-    start = {"max_tiles": page.host.default_tiles, "max_new_tokens": min(default.max_new_tokens, limits.new_tokens)}
     texts = {
         "max_tiles": ("Tiles of an image, at most", "for new images; more tiles show smaller things", 1),
         "frames": ("Frames of a video", "for new videos; one tile each", 1),
@@ -198,10 +210,9 @@ def _add_settings(page: Page) -> list[Any]:
     }
     inputs: list[Any] = []
     with gr.Accordion("Settings", open=False, elem_id="settings"):
-        for name, (label, info, step) in texts.items():
-            low, high = RANGES[name]
-            value = start.get(name, min(getattr(default, name), most.get(name, high)))
-            high = min(high, most.get(name, high))
+        for name, (low, high) in page.ranges.items():
+            label, info, step = texts[name]
+            value = page.host.default_tiles if name == "max_tiles" else min(getattr(default, name), high)
             inputs.append(gr.Slider(low, high, value, step=step, label=label, info=info))
         inputs.append(gr.Textbox(label="System text", info="empty: the model's own", max_length=limits.characters))
         if can_think(page.host.model):
@@ -224,6 +235,15 @@ def example_rows(folder: str | Path | None) -> list[dict[str, Any]]:
     return [{"text": row["turns"][-1][0], "files": [str(path.parent / row["image"])]} for row in rows]
 
 
+def server_options(page: Page) -> dict[str, Any]:
+    """Arguments of `launch` that keep visitors within bounds."""
+    gate = Middleware(Gate, folder=page.uploads, budget=page.budget, kept=(page.shelf.folder,))
+    return {
+        "max_file_size": page.media.video_bytes, "allowed_paths": [], "show_error": False, "enable_monitoring": False,
+        "strict_cors": True, "app_kwargs": {"middleware": [gate]},
+    }  # fmt: skip
+
+
 def launch(host: Host, uploads: str, title: str, examples: Path | None, options: Any, auth: Any = None) -> None:
     """Serves the page until it is interrupted.
 
@@ -236,11 +256,10 @@ def launch(host: Host, uploads: str, title: str, examples: Path | None, options:
         auth: User and password that visitors must give.
     """
     media = MediaLimits() if options.max_frames is None else MediaLimits(frames=options.max_frames)
-    blocks = build(Page(host, uploads, media), title, examples)
-    blocks.launch(
+    page = Page(host, uploads, media)
+    build(page, title, examples).launch(
         server_name=options.host, server_port=options.port, share=options.share, inbrowser=options.open, auth=auth,
-        max_file_size=media.video_bytes, allowed_paths=[], show_error=False, enable_monitoring=False, strict_cors=True,
-        footer_links=[], theme=_theme(), css=_CSS, ssr_mode=False,
+        footer_links=[], theme=_theme(), css=_CSS, ssr_mode=False, **server_options(page),
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class Conversation:
         return [medium for exchange in self.exchanges for medium in exchange.media]
 
     def ask(self, question: str, uploads: Sequence[Upload], settings: Settings) -> Iterator[Exchange]:
-        """Answers a question; yields the exchange before the first word, when its answer has grown, and at the end.
+        """Answers a question; yields the exchange when it is accepted, when its answer has grown, and at the end.
 
         The last time it is among `exchanges`. Nothing of a question that fails, or that is stopped before its first
         word, stays in the conversation. Closing the iterator stops the answer.
@@ -233,7 +233,6 @@ class Conversation:
         try:
             with self.host.turn(self._stop) as has_turn:
                 if has_turn:
-                    put("")
                     for piece in self._stream(exchange, history, media, settings):
                         put(piece)
         except BaseException as error:  # the reader's thread raises it
@@ -256,6 +255,7 @@ class Conversation:
         options["max_new_tokens"] = min(room, options["max_new_tokens"])
         deadline = time.monotonic() + self.host.limits.seconds
         options["stopping_criteria"] = [_Stop(self._stop, deadline)]
+        yield ""  # the question is accepted
         yield from model.stream_chat(
             tokenizer, pixels, exchange.asked, options, history, patches or None,
             system=settings.system_text(), keep_markup=True, session=self._session, **settings.extras(model),

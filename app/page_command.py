@@ -7,9 +7,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .page_limits import RANGES
 
 # Modules that load torch or Gradio are imported where they are needed, so that help and errors come at once.
 
@@ -25,6 +27,17 @@ _EPILOG = """examples:
 """
 
 
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """A type of options: whole numbers from `low` to `high`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of `internvl page`."""
     parser = argparse.ArgumentParser(
@@ -33,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("checkpoint", nargs="?", help="folder or Hub repository (default: the bundled tiny model)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    parser.add_argument("--port", type=_whole(1, 65535), help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="a public address for a week, through Gradio's servers")
     parser.add_argument("--auth-env", metavar="NAME", help="environment variable with `user:password`, asked for")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -43,10 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a Space there instead of serving")
     parser.add_argument("--overwrite", action="store_true", help="with --export: replace what is there")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-tiles", type=int, metavar="N", help="of a conversation (default: 64)")
-    limits.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
-    limits.add_argument("--max-frames", type=int, metavar="N", help="of a video (default: 16)")
-    limits.add_argument("--max-conversations", type=int, metavar="N", help="kept at once (default: 16)")
+    frames, tokens = (_whole(1, int(RANGES[name][1])) for name in ("frames", "max_new_tokens"))
+    limits.add_argument("--max-tiles", type=_whole(1, 9999), metavar="N", help="of a conversation (default: 64)")
+    limits.add_argument("--max-new-tokens", type=tokens, metavar="N", help="of an answer (default: 1024)")
+    limits.add_argument("--max-frames", type=frames, metavar="N", help="of a video (default: 16)")
+    limits.add_argument("--max-conversations", type=_whole(1, 9999), metavar="N", help="kept at once (default: 16)")
     return parser
 
 
@@ -112,6 +126,22 @@ def _title(checkpoint: str) -> str:
     return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
 
 
+def _checked_device(name: str) -> str:
+    """The name of a device that can compute here.
+
+    Raises:
+        ValueError: it cannot, or there is no such device.
+    """
+    import torch
+
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # each build of torch has its own
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+    return name
+
+
 def _load(checkpoint: str, options: argparse.Namespace) -> Any:
     """The model with its limits."""
     import torch
@@ -122,7 +152,7 @@ def _load(checkpoint: str, options: argparse.Namespace) -> Any:
     from .page_chat import Host
     from .page_limits import ChatLimits
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "auto")
     given = {
         "tiles": options.max_tiles,

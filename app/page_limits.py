@@ -139,27 +139,32 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def setting_ranges(limits: ChatLimits, frames: int) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value of each number on a page with these limits, at most `frames` frames of a video."""
+    most = {"max_tiles": limits.tiles, "frames": frames, "max_new_tokens": limits.new_tokens}
+    return {name: (low, min(high, most.get(name, high))) for name, (low, high) in RANGES.items()}
+
+
 def checked_settings(values: Mapping[str, Any], limits: ChatLimits, frames: int) -> Settings:
     """Settings from what a browser has sent.
 
     Args:
-        values: By the names of `Settings`; missing ones keep their default.
+        values: By the names of `Settings`; missing ones keep their default, as far as the limits allow it.
         limits: Of the conversation.
         frames: Most frames of a video.
 
     Raises:
         PageError: a value of the wrong type or out of its range, or an unknown name.
     """
-    highest = {"max_tiles": limits.tiles, "frames": frames, "max_new_tokens": limits.new_tokens}
+    ranges = setting_ranges(limits, frames)
     known = {field.name: field for field in fields(Settings)}
-    checked: dict[str, Any] = {}
+    checked: dict[str, Any] = {name: min(getattr(Settings, name), high) for name, (_, high) in ranges.items()}
     for name, value in values.items():
         value = "" if value is None and name == "system" else value  # an empty text box
         if name not in known:
             raise PageError(f"There is no setting {name[:40]!r}.")
-        if name in RANGES:
-            low, high = RANGES[name]
-            checked[name] = _number(name, value, low, min(high, highest.get(name, high)), known[name].type == "int")
+        if name in ranges:
+            checked[name] = _number(name, value, *ranges[name], known[name].type == "int")
         elif not isinstance(value, str) or len(value) > limits.characters:
             raise PageError(f"{name} must be a text of at most {limits.characters} characters.")
         else:

@@ -27,11 +27,12 @@ class Shelf:
     """Pictures as files, each for as long as the object lives that it belongs to.
 
     Args:
-        folder: Where they are written, under names that nobody can guess.
+        folder: Where they are written, under names that nobody can guess; made if it is not there.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
+        self.folder = Path(folder)
+        self.folder.mkdir(exist_ok=True)
         self._paths: weakref.WeakKeyDictionary[Any, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
     def path(self, owner: Any, name: str, make: Callable[[], Image.Image | None]) -> str | None:
@@ -43,7 +44,7 @@ class Shelf:
         return known[name]
 
     def _write(self, owner: Any, picture: Image.Image) -> str:
-        path = self._folder / f"{secrets.token_hex(16)}.png"
+        path = self.folder / f"{secrets.token_hex(16)}.png"
         picture.save(path)
         weakref.finalize(owner, path.unlink, missing_ok=True)
         return str(path)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..grounding_internvl import Grounding, draw_boxes, parse_grounding
+from ..grounding_internvl import draw_boxes, parse_grounding
 
 SHOWN_SIDE = 1024  # longest side of what is sent to the browser, pixels
 _GAP = 8
@@ -84,13 +84,4 @@ def boxed_picture(image: Image.Image, answer: str) -> Image.Image | None:
         return None
     picture = shown_copy(image, least=640)
     grounding = parse_grounding(answer, *picture.size)
-    return _with_thick_lines(draw_boxes(picture, grounding), grounding) if grounding.boxes else None
-
-
-def _with_thick_lines(picture: Image.Image, grounding: Grounding) -> Image.Image:
-    """Boxes drawn over in their own colours: the browser shrinks large pictures, and thin lines with them."""
-    pen, width = ImageDraw.Draw(picture), max(2, max(picture.size) // 150)
-    for _, (left, top, right, bottom) in grounding.boxes:
-        corner = (min(int(left), picture.width - 1), max(0, int(bottom) - 1))
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=picture.getpixel(corner), width=width)
-    return picture
+    return draw_boxes(picture, grounding) if grounding.boxes else None

@@ -13,6 +13,9 @@ from .page_limits import PageError
 class Conversations:
     """Conversations by visitor; the one idle for longest gives way to a new one where there are too many.
 
+    A newcomer has a place only from the moment that a question of theirs is accepted (`admit`), so that refused ones
+    drive nobody out.
+
     Args:
         host: Who answers.
         clock: Seconds; for tests.
@@ -28,7 +31,7 @@ class Conversations:
         return len(self._open)
 
     def get(self, key: str | None) -> Conversation:
-        """The visitor's conversation, a new one if there is none.
+        """The visitor's conversation, a new one if there is none; to be followed by `admit` or `release`.
 
         Raises:
             PageError: there is no key, or everybody's answer is still being written.
@@ -38,10 +41,24 @@ class Conversations:
         with self._lock:
             self._sweep()
             if key not in self._open:
-                self._make_room()
+                if len(self) >= self.host.limits.conversations and not self._idle():
+                    raise PageError("Too many visitors are waiting for answers. Try again in a minute.")
                 self._open[key] = Conversation(self.host)
             self._used[key] = self._clock()
             return self._open[key]
+
+    def admit(self) -> None:
+        """Makes room for the visitor whose question is being answered."""
+        with self._lock:
+            while len(self) > self.host.limits.conversations and (idle := self._idle()):
+                self._close(idle[0])
+
+    def release(self, key: str | None) -> None:
+        """Forgets a visitor of whom nothing has been kept."""
+        with self._lock:
+            conversation = self.find(key)
+            if conversation is not None and not conversation.is_busy and not conversation.exchanges:
+                self._close(key or "")
 
     def find(self, key: str | None) -> Conversation | None:
         """The visitor's conversation, if there is one."""
@@ -67,11 +84,3 @@ class Conversations:
         for key in self._idle():
             if self._used[key] < oldest:
                 self._close(key)
-
-    def _make_room(self) -> None:
-        if len(self._open) < self.host.limits.conversations:
-            return
-        idle = self._idle()
-        if not idle:
-            raise PageError("Too many visitors are waiting for answers. Try again in a minute.")
-        self._close(idle[0])

@@ -24,8 +24,10 @@ from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversation import ConversationTemplate, TemplateError, get_template
 from ..native_internvl import config_from_native, foreign_tensors, holds_native, is_native
 from ..weights_internvl import holds_lora
+from .checks_settings import impossible
 from .families import Release, identify
-from .source import embedding_rows, load_tokenizer
+from .source import embedding_rows, load_tokenizer, told
+from .source import one_line as one_line  # the checks take it from here
 
 AREAS = ("format", "family", "weights", "tokenizer", "template", "processor", "generation", "code")
 LEVELS = ("ok", "note", "problem")
@@ -145,7 +147,7 @@ class Subject:
             values = config_from_native(self.values) if is_native(self.values) else self.values
             self.config = (InternVLChatConfig if self.chat else InternVisionConfig).from_dict(values)
         except Exception as error:
-            self.config_error = one_line(error)
+            self.config_error = told(error)
             return
         try:
             self.releases = identify(self.config)
@@ -160,7 +162,7 @@ class Subject:
                 foreign = foreign_tensors(self.weights.tensors, self.config)
                 self.tensors = self.weights.tensors if foreign is None else foreign
             except Exception as error:
-                self.tensors_error = one_line(error)
+                self.tensors_error = told(error)
 
     def _open_tokenizer(self) -> None:
         try:
@@ -169,7 +171,7 @@ class Subject:
             else:
                 self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
-            self.tokenizer_error = one_line(error)
+            self.tokenizer_error = told(error)
             try:
                 self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
             except Exception:  # the first error says more
@@ -185,12 +187,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's text without its full stop."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def split_fix(text: str, default: str = "fetch the checkpoint again") -> tuple[str, str]:
@@ -221,7 +217,15 @@ def check_format(subject: Subject) -> Iterator[Finding]:
         yield problem("format", f"{CONFIG} cannot be read: {subject.config_error}", f"correct {CONFIG}")
     else:
         yield _known_format(subject)
+        wrong = dict(impossible(subject.config, subject.kind == "native"))
+        for name, sentence in wrong.items():
+            yield problem("format", f"{CONFIG}: {sentence}", f"set {name} to what the model was trained with")
         yield from _layers(subject)
+        if subject.chat and subject.config.force_image_size == 0:
+            message = (
+                f"{CONFIG}: force_image_size is 0, which counts as unset: tiles have {subject.config.image_size} px"
+            )
+            yield note("format", message, "set it to null")
     native_names = holds_native(subject.weights.tensors)
     if subject.weights.tensors and subject.kind != "encoder" and native_names != (subject.kind == "native"):
         wanted, found = ("transformers' own", "original") if not native_names else ("original", "transformers' own")

@@ -9,6 +9,8 @@ from ..generation_internvl import id_list
 from ..image_processing_internvl import NORMALIZATIONS
 from ..prompting_internvl import prompt_encoder
 from .checks import CONFIG, Finding, Subject, note, problem
+from .checks_settings import impossible_ids
+from .processors import FILE, NOT_NATIVE, SavedProcessor
 
 _IMAGENET = NORMALIZATIONS["imagenet"]
 _NEW_PROCESSOR = f"--fix OUT writes processor_config.json from {CONFIG}"
@@ -21,6 +23,7 @@ _TILING = {
     "dynamic_image_size": ("dynamic_image_size",),
     "pad2square": ("pad2square",),
 }
+_SETTINGS = {**_TILING, "image_size": ("image_size", "size", "crop_size")}
 
 
 def check_processor(subject: Subject) -> Iterator[Finding]:
@@ -40,9 +43,10 @@ def check_processor(subject: Subject) -> Iterator[Finding]:
         message = f"no processor_config.json or preprocessor_config.json; here the processor follows {CONFIG}"
         yield note("processor", message, _NEW_PROCESSOR)
         return
-    found = [*_whole(subject, processor)]
+    saved = SavedProcessor.open(subject.folder)
+    found = [*_whole(subject, processor), *_saved(subject, saved)]
     for file, values in files:
-        found += [*_pixels(subject, file, values), *_tiles(subject, file, values)]
+        found += [*_pixels(subject, file, values, saved), *_tiles(subject, file, values)]
     yield from found
     if not any(finding.level == "problem" for finding in found):
         size, most = subject.config.image_size, subject.config.max_dynamic_patch
@@ -66,18 +70,40 @@ def _whole(subject: Subject, values: dict[str, Any]) -> Iterator[Finding]:
         yield problem("processor", message, f"set image_seq_length to {tokens}")
 
 
-def _pixels(subject: Subject, file: str, values: dict[str, Any]) -> Iterator[Finding]:
+def _saved(subject: Subject, saved: SavedProcessor) -> Iterator[Finding]:
+    """Whether the processor loads, and what it says that no other file does."""
+    if saved.error:
+        yield problem("processor", f"{FILE}: no processor can be made of it: {saved.error}", _NEW_PROCESSOR)
+    written = subject.read(FILE).get("image_processor") or subject.read("preprocessor_config.json")
+    for name, (value, wanted) in saved.overruled(subject.config).items():
+        if name in _SETTINGS and all(written.get(alias) is None for alias in _SETTINGS[name]):
+            message = f"{FILE}: no {name}, which then is {value}, but {CONFIG} says {wanted}"
+            yield problem("processor", message, _NEW_PROCESSOR)
+    unusual = saved.unusual(subject.config)
+    if unusual:
+        shown = ", ".join(f"{name} {value}" for name, value in unusual.items())
+        lost = [name for name in unusual if name in NOT_NATIVE] if subject.kind == "native" else []
+        tail = f"; transformers' own processor does not apply {', '.join(lost)}" if lost else ""
+        message = f"{FILE}: {shown}, unlike every release{tail}"
+        yield note("processor", message, "nothing, if it was set on purpose: --fix OUT keeps it")
+
+
+def _pixels(subject: Subject, file: str, values: dict[str, Any], saved: SavedProcessor) -> Iterator[Finding]:
     size = subject.config.image_size
     sizes = {edge for name in ("image_size", "size", "crop_size") for edge in _edges(values.get(name))}
     if sizes - {size}:
         message = f"{file}: size {sorted(sizes - {size})[0]}, but the model's tiles have {size} pixels"
         yield problem("processor", message, _NEW_PROCESSOR)
-    for name, wanted in zip(("image_mean", "image_std"), _IMAGENET, strict=True):
+    if saved.image is None:
+        reference, whose = _IMAGENET, "InternVL is trained with ImageNet's"
+    else:
+        reference, whose = (saved.image.image_mean, saved.image.image_std), f"the processor of {FILE} has"
+    for name, wanted in zip(("image_mean", "image_std"), reference, strict=True):
         given = values.get(name)
         if given is not None and (
             len(given) != 3 or any(abs(a - b) > 1e-4 for a, b in zip(given, wanted, strict=True))
         ):
-            message = f"{file}: {name} is {given}, but InternVL is trained with ImageNet's {list(wanted)}"
+            message = f"{file}: {name} is {given}, but {whose} {list(wanted)}"
             yield problem("processor", message, _NEW_PROCESSOR)
     if values.get("resample", _BICUBIC) != _BICUBIC:
         message = f"{file}: resample {values['resample']}, but InternVL resizes bicubically ({_BICUBIC})"
@@ -114,7 +140,13 @@ def check_generation(subject: Subject) -> Iterator[Finding]:
         return
     end = prompt_encoder(subject.tokenizer).token_id(template.end_of_turn)
     file, fix = "generation_config.json", "--fix OUT writes every stop token"
-    values, default = subject.read(file), id_list(subject.config.llm_config.eos_token_id)
+    values = subject.read(file)
+    wrong = [sentence for _, sentence in impossible_ids(values, subject.rows)]
+    for sentence in wrong:
+        yield problem("generation", f"{file}: {sentence}", f"correct {file}, or remove it, then --fix OUT writes one")
+    if wrong:
+        return
+    default = id_list(subject.config.llm_config.eos_token_id)
     stops = id_list(values.get("eos_token_id")) or default
     covered = end is None or end in stops
     where = f"eos_token_id {stops or None}" + ("" if values.get("eos_token_id") is not None else f" from {CONFIG}")

@@ -45,6 +45,10 @@ def _loading(subject: Subject, file: str) -> Iterator[Finding]:
     auto_map = values.get("auto_map") or {}
     references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     references = references if isinstance(references, list) else [references]
+    if not all(isinstance(reference, str | None) for reference in references):
+        message = f"{TOKENIZER_CONFIG}: auto_map is {auto_map!r}, not names of classes"
+        yield problem("tokenizer", message, f"correct {TOKENIZER_CONFIG}")
+        return
     code = next((reference for reference in references if reference), None)
     if code:
         message = f"{TOKENIZER_CONFIG}: AutoTokenizer runs {code} from the folder and needs trust_remote_code=True"
@@ -145,7 +149,10 @@ def _context_id(subject: Subject, file: str, number: int | None) -> Iterator[Fin
 
 def _rows(subject: Subject, file: str) -> Iterator[Finding]:
     rows = subject.rows
-    beyond = {token: number for token, number in subject.tokenizer.get_vocab().items() if number >= rows}
+    # transformers' own processor takes this one out of a prompt before the model sees it.
+    replaced = getattr(subject.tokenizer, "video_token", None) if subject.kind == "native" else None
+    vocabulary = subject.tokenizer.get_vocab()
+    beyond = {token: number for token, number in vocabulary.items() if number >= rows and token != replaced}
     if beyond:
         shown = ", ".join(f"{token} ({number})" for token, number in sorted(beyond.items(), key=lambda x: x[1])[:3])
         message = f"{file}: {len(beyond)} ids are beyond the {rows} embedding rows, such as {shown}"

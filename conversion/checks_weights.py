@@ -13,7 +13,7 @@ import torch
 from ..modeling_intern_vit import InternVisionModel
 from ..weights_internvl import holds_lora
 from .checks import CONFIG, Finding, Subject, note, problem, split_fix
-from .expected import KeyReport, compare, compare_shapes
+from .expected import KeyReport, compare, compare_shapes, not_numbers
 from .families import Release, differences
 from .source import EMBEDDINGS
 
@@ -114,6 +114,9 @@ def check_weights(subject: Subject) -> Iterator[Finding]:
     if subject.tensors_error:
         message = f"{_files(subject)}: {subject.tensors_error}"
         yield problem("weights", message, "fetch the checkpoint again")
+    if not subject.weights.tensors:
+        message = f"{_files(subject)}: no tensor at all"
+        yield problem("weights", message, "fetch the checkpoint again")
     if not subject.weights.tensors or subject.config is None or subject.tensors is None:
         return
     sound = True
@@ -130,7 +133,7 @@ def check_weights(subject: Subject) -> Iterator[Finding]:
 
 
 def _files(subject: Subject) -> str:
-    names = list(dict.fromkeys(subject.weights.files.values()))
+    names = list(dict.fromkeys(subject.weights.files.values())) or [path.name for path in subject.weights.paths]
     return names[0] if len(names) == 1 else f"{len(names)} weight files"
 
 
@@ -212,6 +215,8 @@ def _adapters(subject: Subject) -> Iterator[Finding]:
 
 
 def _dtypes(subject: Subject) -> Iterator[Finding]:
+    if wrong := not_numbers(subject.tensors, subject.values):
+        yield problem("weights", f"{_files(subject)}: {wrong}", "fetch the checkpoint again")
     bytes_of: Counter[str] = Counter()
     for tensor in subject.weights.tensors.values():
         if tensor.dtype.is_floating_point:

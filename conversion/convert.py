@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 from ..checkpoint_internvl import INDEX
 from ..conversation import chat_template, get_template
 from ..native_internvl import refuse_unrepresentable, tensors_to_native
-from ..processing_internvl import InternVLProcessor
 from ..upload_to_hub import gather, link_or_copy
 from .expected import compare
 from .folders import refuse_same, staged_folder, write_tensors
 from .native_files import write_native_files
-from .source import Source, generation_config, load_tokenizer, open_checkpoint, settle_context_token
+from .processors import SavedProcessor
+from .source import Source, generation_config, load_tokenizer, open_checkpoint, readable, settle_context_token
 from .tokenizers import TokenizerReport, make_loadable
 
 LAYOUTS = ("original", "native")
+# Beside model cards and licences, what a training run says of itself (`publishing.run_facts` reads it).
+RUN_FILES = ("recipe.yaml", "report.md", "trainer_state.json", "loss_curve.png")
 _DOCUMENTS = ("README.md", "LICENSE")
 
 
@@ -38,6 +41,8 @@ class ConversionReport:
         rewritten: False where the weight files are links to, or copies of, the source's.
         tokenizer: What became of the tokenizer files.
         dropped: Names on disk that no model reads and that were left out.
+        processor: One sentence for each setting of the saved processor that was changed, because `config.json` says
+            otherwise, or that transformers' own processor does not apply.
     """
 
     target: Path
@@ -46,6 +51,7 @@ class ConversionReport:
     rewritten: bool
     tokenizer: TokenizerReport
     dropped: tuple[str, ...] = ()
+    processor: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "weights written" if self.rewritten else "weights linked"
@@ -56,6 +62,7 @@ class ConversionReport:
         ]
         if self.dropped:
             lines.append(f"left out, read by no model: {', '.join(self.dropped)}")
+        lines += [f"processor: {sentence}" for sentence in self.processor]
         return "\n".join(lines)
 
 
@@ -72,8 +79,9 @@ def upgrade(
     """Writes a checkpoint that loads on transformers 5 with this package's remote code, from one of any layout.
 
     The configuration is cleaned (dead keys, `su` rope, null system message, auto_map), the processor, the right chat
-    template and every stop token are added, a SentencePiece tokenizer is made loadable, the code is copied in. Weights
-    of the original layout are hard-linked or copied; other layouts are converted and adapters merged.
+    template and every stop token are added, a SentencePiece tokenizer is made loadable, the code is copied in. A saved
+    processor keeps what the configuration does not say (`processors.py`). Weights of the original layout are
+    hard-linked or copied; other layouts are converted and adapters merged.
 
     Args:
         name_or_path: A folder or a Hub repository; never changed.
@@ -110,7 +118,7 @@ def write_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.clean.") as temporary:
         clean = Path(temporary)
-        report = _write_original_files(source, clean)
+        report, changes = _write_original_files(source, clean)
         rewritten = rewrite or not source.plain
         if rewritten:
             write_tensors(source.tensors, clean, max_shard_size, progress)
@@ -118,7 +126,7 @@ def write_checkpoint(
             _link_weights(source, clean)
         gather(clean, target, overwrite=overwrite)
     dropped = _dropped(source) if rewritten else ()
-    return ConversionReport(target, "original", len(source.tensors), rewritten, report, dropped)
+    return ConversionReport(target, "original", len(source.tensors), rewritten, report, dropped, changes)
 
 
 def convert(
@@ -160,9 +168,9 @@ def convert(
         found = compare(tensors, source.config, native=True)
         if not found.sound:
             raise ValueError(f"transformers' own InternVL does not fit {source.folder}: {found.summary()}.")
-        write_native_files(staged, source.config, tokenizer)
+        changes = write_native_files(staged, source.config, tokenizer, SavedProcessor.open(source.folder))
         write_tensors(tensors, staged, max_shard_size, progress)
-    return ConversionReport(Path(target).resolve(), to, len(tensors), True, report, _dropped(source))
+    return ConversionReport(Path(target).resolve(), to, len(tensors), True, report, _dropped(source), changes)
 
 
 def _write_shared_files(source: Source, folder: Path) -> tuple[TokenizerReport, Any]:
@@ -172,27 +180,35 @@ def _write_shared_files(source: Source, folder: Path) -> tuple[TokenizerReport, 
         What became of the tokenizer files, and the tokenizer.
     """
     template = chat_template(get_template(source.config.template), system_message=source.config.system_message)
-    report = make_loadable(source.folder, folder, source.values, chat_template=template)
-    tokenizer = load_tokenizer(folder)
-    settle_context_token(source, tokenizer)
-    generation_config(source.folder, source.config, tokenizer).save_pretrained(folder)
-    for name in _DOCUMENTS:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    with readable(f"the tokenizer of {source.folder}", "take the tokenizer files of the InternVL release"):
+        report = make_loadable(source.folder, folder, source.values, chat_template=template)
+        tokenizer = load_tokenizer(folder)
+        settle_context_token(source, tokenizer)
+        generation_config(source.folder, source.config, tokenizer).save_pretrained(folder)
+    copy_files(_DOCUMENTS, source.folder, folder)
     return report, tokenizer
 
 
-def _write_original_files(source: Source, folder: Path) -> TokenizerReport:
-    """Everything beside weights and code."""
+def copy_files(names: Sequence[str], source: Path, folder: Path) -> None:
+    """Copies those of the files that there are."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_original_files(source: Source, folder: Path) -> tuple[TokenizerReport, tuple[str, ...]]:
+    """Everything beside weights and code; says what became of the tokenizer and what of the processor changed."""
     report, tokenizer = _write_shared_files(source, folder)
+    copy_files(RUN_FILES, source.folder, folder)
     source.config.architectures = ["InternVLChatModel"]
     source.config.save_pretrained(folder)
-    processor = InternVLProcessor.from_model_config(source.config, tokenizer)
+    saved = SavedProcessor.open(source.folder)
+    processor = saved.processor(source.config, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         processor.save_pretrained(temporary)
         for name in ("processor_config.json", "chat_template.jinja"):
             shutil.copyfile(Path(temporary) / name, folder / name)
-    return report
+    return report, saved.changes(source.config)
 
 
 def _link_weights(source: Source, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedModel
@@ -83,6 +84,24 @@ def _tied(model: PreTrainedModel) -> set[str]:
 def compare(tensors: Mapping[str, LazyTensor], config: InternVLChatConfig, native: bool = False) -> KeyReport:
     """Compares tensors of a checkpoint (adapters merged) with its configuration."""
     return compare_shapes(tensors, *expected_shapes(config, native))
+
+
+def not_numbers(tensors: Mapping[str, LazyTensor], values: Mapping[str, Any]) -> str:
+    """A sentence about weights that are integers or booleans though `config.json` declares no quantization, or "".
+
+    Args:
+        tensors: Of a checkpoint.
+        values: Its `config.json`.
+    """
+    parts = (values, *(values.get(name) for name in ("llm_config", "text_config")))
+    if any(isinstance(part, Mapping) and part.get("quantization_config") for part in parts):
+        return ""
+    wrong = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.dtype.is_floating_point}
+    names = [name for name in wrong if not name.endswith(_DEAD_SUFFIXES)]
+    if not names:
+        return ""
+    example = f"{names[0]} ({str(wrong[names[0]]).removeprefix('torch.')})"
+    return f"{len(names)} tensors hold no floating-point numbers, such as {example}, without a quantization_config"
 
 
 def compare_shapes(

@@ -24,6 +24,7 @@ from ..configuration_internvl_chat import InternVLChatConfig
 from ..modeling_intern_vit import InternVisionModel
 from ..modeling_internvl_chat import InternVLChatModel
 from ..native_internvl import config_from_native, is_native
+from .source import readable
 
 _TABLE = Path(__file__).with_name("families.yaml")
 _HUB = "OpenGVLab"
@@ -317,13 +318,17 @@ def describe(what: Release | PretrainedConfig | Mapping[str, Any]) -> str:
         what: A `Release`, or anything that `identify` takes.
 
     Raises:
-        ValueError: as `identify`.
+        ValueError: as `identify`, or no model can be built of it.
     """
     if isinstance(what, Release):
         config = what.config()
         first = dict.fromkeys(("parts", "parameters", "published"))  # fixes the order of the rows
         return _render(f"{what.name} ({what.date})", {**first, **_config_rows(config), **_release_rows(what)})
-    config = _own_config(what)
+    with readable("this configuration", "correct config.json"):
+        return _describe_config(_own_config(what))
+
+
+def _describe_config(config: InternVLChatConfig | InternVisionConfig) -> str:
     same = identify(config)
     if not same:
         return _render("No released architecture", _config_rows(config))

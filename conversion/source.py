@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from ..checkpoint_internvl import CheckpointError, LazyTensor, Weights, read_jso
 from ..configuration_internvl_chat import InternVLChatConfig
 from ..conversation import get_template
 from ..generation_internvl import stop_ids
-from ..native_internvl import foreign_tensors
+from ..native_internvl import foreign_tensors, is_native
 from ..prompting_internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, prompt_encoder
 from ..tokenization_internlm2 import InternLM2Tokenizer
-from .expected import compare
+from .checks_settings import impossible, impossible_ids
+from .expected import compare, not_numbers
 from .folders import resolve
 
 IMAGE_TOKENS = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
@@ -49,24 +51,60 @@ class Source:
         return self.tensors is self.weights.tensors and suffixes == {".safetensors"}
 
 
-def open_checkpoint(name_or_path: str | Path, **hub_options: Any) -> Source:
-    """Opens a folder or a Hub repository and checks names and shapes of all its tensors.
+def one_line(error: Exception) -> str:
+    """The first line of an error's text without its full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def told(error: Exception) -> str:
+    """`one_line`, after the class of an error that was not written for users (a `KeyError` is a bare name)."""
+    text, name = one_line(error), type(error).__name__
+    return text if isinstance(error, ValueError | OSError | ImportError) or text == name else f"{name}: {text}"
+
+
+@contextmanager
+def readable(what: str, fix: str) -> Iterator[None]:
+    """Makes one sentence of whatever a loader raises that is not meant for users.
 
     Raises:
-        CheckpointError: files are missing or damaged, or the tensors are not those that the configuration asks for.
+        CheckpointError: `what` cannot be used, for such a reason; `fix` says what to do. `ValueError`, `OSError` and
+            `ImportError` of one line pass, as they say it themselves.
+    """
+    try:
+        yield
+    except Exception as error:  # files from anywhere can make the loaders raise anything
+        meant = isinstance(error, ValueError | OSError | ImportError) and "\n" not in str(error).strip()
+        if meant:
+            raise
+        raise CheckpointError(f"{what} cannot be used ({told(error)}): {fix}.") from error
+
+
+def open_checkpoint(name_or_path: str | Path, **hub_options: Any) -> Source:
+    """Opens a folder or a Hub repository and checks names, shapes and kinds of all its tensors.
+
+    Raises:
+        CheckpointError: files are missing or damaged, a field has a value with which no model can work, or the tensors
+            are not those that the configuration asks for.
         ValueError: a kind of checkpoint that this package does not know.
     """
     folder = resolve(name_or_path, **hub_options)
     values = read_json(folder / "config.json")
-    config = InternVLChatConfig.from_pretrained(folder)
+    with readable(f"{folder / 'config.json'}", "correct it"):
+        config = InternVLChatConfig.from_pretrained(folder)
+        for _, sentence in impossible(config, is_native(values)):
+            raise CheckpointError(f"{folder / 'config.json'}: {sentence}: correct it.")
     config.use_backbone_lora = config.use_llm_lora = 0
     config._name_or_path = ""
     weights = scan_weights(folder).checked()
-    tensors = foreign_tensors(weights.tensors, config)
-    tensors = weights.tensors if tensors is None else tensors
-    report = compare(tensors, config)
+    with readable(f"{folder / 'config.json'}", "correct it, or take it from the revision of the weights"):
+        tensors = foreign_tensors(weights.tensors, config)
+        tensors = weights.tensors if tensors is None else tensors
+        report = compare(tensors, config)
     if not report.sound:
         raise CheckpointError(f"{folder}: weights and config.json do not belong together: {report.summary()}.")
+    if wrong := not_numbers(tensors, values):
+        raise CheckpointError(f"{folder}: {wrong}: fetch the checkpoint again.")
     if report.dead:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in report.dead}
     return Source(folder, config, weights, tensors, values)
@@ -108,9 +146,13 @@ def settle_context_token(source: Source, tokenizer: Any) -> None:
 def generation_config(folder: Path, config: InternVLChatConfig, tokenizer: Any) -> GenerationConfig:
     """The released generation settings with every stop token of the template and the tokenizer, and a pad token."""
     path = folder / "generation_config.json"
-    released = GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig()
     end = prompt_encoder(tokenizer).token_id(get_template(config.template).end_of_turn)
-    released.eos_token_id = stop_ids(end, tokenizer.eos_token_id, released.eos_token_id) or None
+    with readable(str(path), "correct it, or remove it"):
+        values = read_json(path) if path.is_file() else {}
+        for _, sentence in impossible_ids(values, getattr(config.llm_config, "vocab_size", None)):
+            raise CheckpointError(f"{path}: {sentence}: correct it, or remove it.")
+        released = GenerationConfig.from_dict(values)
+        released.eos_token_id = stop_ids(end, tokenizer.eos_token_id, released.eos_token_id) or None
     if released.pad_token_id is None:
         released.pad_token_id = tokenizer.pad_token_id
     return released

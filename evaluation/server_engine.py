@@ -6,8 +6,8 @@ What servers take beyond OpenAI's own fields, and how it is used here:
   there is none; others are only told of a limit.
 - `Request.prefix`: the last message is the assistant's. LMDeploy continues it as it is; vLLM and SGLang need
   `continue_final_message` without `add_generation_prompt`, which others get too; `internvl serve` cannot do it.
-- `Request.max_tiles`: `mm_processor_kwargs` of vLLM and `internvl serve`, `image_url.max_dynamic_patch` of SGLang and LMDeploy. Others are
-  not told, and a warning says so.
+- `Request.max_tiles`: `mm_processor_kwargs` of vLLM and `internvl serve`, `image_url.max_dynamic_patch` of SGLang and
+  LMDeploy. Others are not told, and a warning says so.
 - Several answers: `n`; where fewer come (LMDeploy gives one), the rest is asked for again with other seeds.
 
 The server puts pictures into the prompt by its own chat template: some (vLLM with a template that takes plain text)

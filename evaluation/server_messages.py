@@ -69,9 +69,8 @@ def _budgets(request: Request, parts: Sequence[str | Picture], kind: str) -> dic
     if stills and request.max_tiles is not None:
         budgets[False] = divided_max_num(request.max_tiles, stills)
     if kind in ONE_BUDGET and stills and True in budgets and budgets.get(False) != 1:
-        raise ValueError(
-            "this server has one number of tiles for all pictures of a request; set max_tiles=1 beside a video"
-        )
+        words = "this server has one number of tiles for all pictures of a request"
+        raise ValueError(f"{words}; set max_tiles=1 beside a video")
     return budgets
 
 

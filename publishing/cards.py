@@ -1,7 +1,7 @@
 """Model cards: metadata for the Hub, usage, and what is known of training, evaluation and licence.
 
-A card that the checkpoint has already keeps its text; only metadata that the caller gives is added to it. This needs
-huggingface_hub and jinja2, neither torch nor the rest of the package.
+A card that is there already keeps its text; only metadata that the caller gives is added to it, and scores to a table
+of this module in it. This needs huggingface_hub and jinja2, neither torch nor the rest of the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .card_templates import CARD, NATIVE_USAGE, USAGE
-from .evaluations import eval_results, read_report, table
+from .evaluations import eval_results, read_report, table, update_table
 from .run_facts import read_run
 
 _TAGS = ["internvl", "custom_code"]
@@ -92,7 +92,7 @@ def _complete(path: Path, repo_id: str, task: str, given: dict[str, Any], conten
     from huggingface_hub import ModelCard
 
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        card = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=False)
     except Exception as error:  # what a YAML parser or the checks of metadata raise
         raise ValueError(f"the metadata of {path.name} cannot be read: {error}") from error
     for key, value in given.items():
@@ -103,6 +103,7 @@ def _complete(path: Path, repo_id: str, task: str, given: dict[str, Any], conten
         replaced = {result.unique_identifier for result in mine}
         kept = [each for each in card.data.eval_results or [] if each.unique_identifier not in replaced]
         card.data.eval_results = kept + mine
+        card.text = update_table(card.text, contents)
     path.write_text(str(card), encoding="utf-8")
 
 

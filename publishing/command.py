@@ -80,7 +80,7 @@ def publish(options: argparse.Namespace, api: Any = None) -> Published:
         commit_message=options.message,
         **({"dry_run": True} if options.dry_run else _where(options)),
     )
-    print(f"committed: {done.pull_request or done.url}" if done.commit else "dry run: nothing was sent")
+    print(done.summary)
     if verify:
         _load_back(options, api, done, task, local[0])
     if options.native is not None:
@@ -98,7 +98,7 @@ def _check_evaluations(checkpoint: Path, paths: Sequence[str]) -> None:
     from ..app.engine_options import weights_digest
 
     for path in paths:
-        evaluated = read_report(path).get("settings", {}).get("weights")
+        evaluated = (read_report(path).get("settings") or {}).get("weights")
         if evaluated is not None and evaluated != weights_digest(checkpoint):
             raise ValueError(f"{path} reports on other weights than those of {checkpoint}: evaluate these first")
 
@@ -128,18 +128,18 @@ def _publish_native(options: argparse.Namespace, api: Any) -> None:
         where = {key: value for key, value in _where(options).items() if key != "parent_commit"}
         done = push_native(folder, repo, options.dry_run, api=api, message=options.message, **where)
     if done.commit:
-        print(f"committed: {done.pull_request or done.url}")
+        print(done.summary)
     if not (options.dry_run or options.no_verify):
         _load_back(options, api, done, "image-text-to-text", local, "native", repo)
 
 
 def push_main(arguments: Sequence[str], api: Any = None) -> int:
-    """Runs the command line; returns the exit code, 1 after a message for what the user can mend."""
+    """Runs the command line; returns the exit code, 1 after a one-line message for what the user can mend."""
     options = build_parser().parse_args(arguments)
     try:
         publish(options, api)
     except (OSError, ValueError, HubCodeError, ImportError, VerificationError, ProbeError) as error:
-        print(f"internvl push: {error}", file=sys.stderr)
+        print(f"internvl push: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

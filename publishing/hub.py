@@ -8,8 +8,10 @@ find a configuration without all weights, or new weights under old code. This ne
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ class ConflictError(OSError):
 
 
 class UploadError(OSError):
-    """An upload broke off before its commit: nothing of it is visible."""
+    """The connection broke; the message says what of the upload is visible."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class Published:
     url: str | None = None  # of the commit
     pull_request: str | None = None  # its address
     deleted: tuple[str, ...] = ()  # what an earlier push had put there and this checkpoint has not
+    changed: bool = True  # False where everything was there already: `commit` is then the head
+
+    @property
+    def summary(self) -> str:
+        """One line for the terminal."""
+        if self.commit is None:
+            return "dry run: nothing was sent"
+        if not self.changed:
+            return f"nothing to commit: all of it is there already, at {self.url}"
+        return f"committed: {self.pull_request or self.url}"
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -76,6 +88,7 @@ def commit(
     parent_commit: str | None = None,
     tag: str | None = None,
     replace_card: bool = False,
+    complete_card: Callable[[Path], None] | None = None,
 ) -> Published:
     """Put files at the root of a repository, in one commit on top of the head that was seen before the upload.
 
@@ -94,6 +107,7 @@ def commit(
         parent_commit: hash that the branch's head must have; by default the head at the time of the call.
         tag: name for the new commit; must not exist.
         replace_card: replace the ``README.md`` that the repository already has, which is kept otherwise.
+        complete_card: called with a copy of a card that is kept, to add to its metadata; the result is committed.
 
     Raises:
         ConflictError: the branch is not, or no longer, at `parent_commit`, or the tag exists.
@@ -105,26 +119,66 @@ def commit(
         head = _prepare(api, repo_id, private, revision, create_pr, parent_commit, tag)
         there = set(api.list_repo_files(repo_id, revision=head))
         if "README.md" in there and not replace_card:
-            print("The repository keeps its README.md; --replace-card replaces it.")
-            files = [file for file in files if file.name != "README.md"]
+            files = _keep_card(api, repo_id, head, files, complete_card)
         missing = there - {file.name for file in files} - _KEPT
         stale = tuple(sorted(name for name in missing if name in owned or _WEIGHTS.fullmatch(name)))
         for name in stale:
             print(f"deleted there, as this checkpoint has none: {name}")
-        info = _send(api, repo_id, files, stale, revision, create_pr, message, head)
-        if tag:
-            api.create_tag(repo_id, tag=tag, revision=info.oid)
-    names = tuple(Path(file.name) for file in files)
-    return Published(names, info.oid, str(info.commit_url), getattr(info, "pr_url", None), stale)
+        send = _prepare_sending(api, repo_id, files, stale, revision, create_pr, message, head)
+    info = send()
+    if tag:
+        _create_tag(api, repo_id, tag, info.oid)
+    names, proposal = tuple(Path(file.name) for file in files), getattr(info, "pr_url", None)
+    return Published(names, info.oid, str(info.commit_url), proposal, stale, changed=info.oid != head)
+
+
+def _keep_card(
+    api: Any, repo_id: str, head: str, files: Sequence[Path], complete: Callable[[Path], None] | None
+) -> list[Path]:
+    """The files without a model card, or with the repository's own after `complete` has added to it."""
+    others = [file for file in files if file.name != "README.md"]
+    if complete is None or len(others) == len(files):
+        print("The repository keeps its README.md; --replace-card replaces it.")
+        return others
+    (card,) = set(files) - set(others)
+    with tempfile.TemporaryDirectory() as cache:
+        shutil.copyfile(api.hf_hub_download(repo_id, card.name, revision=head, cache_dir=cache), card)
+    complete(card)
+    print("The repository keeps the text of its README.md, with the new metadata; --replace-card replaces it.")
+    return [*others, card]
+
+
+def _create_tag(api: Any, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except Exception as error:
+        if not (isinstance(error, OSError) or _is_broken_connection(error)):
+            raise
+        with suppress(Exception):  # the answer may have been lost, and not the tag
+            if _has_tag(api, repo_id, tag):
+                return
+        raise UploadError(
+            f"the commit {commit[:12]} is on {repo_id}, complete, but the tag {tag!r} could not be set: {error}. The "
+            "same command tries that again and uploads nothing twice"
+        ) from error
+
+
+def _has_tag(api: Any, repo_id: str, tag: str) -> bool:
+    return any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags)
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Errors of the Hub's client that are no answers: RuntimeError (LFS) or its HTTP library's."""
+    return type(error) is RuntimeError or type(error).__module__.startswith("httpx")
 
 
 @contextmanager
 def _clear_errors(repo_id: str) -> Iterator[None]:
-    """Broken connections as `UploadError`; those of the Hub's client are RuntimeError (LFS) or its HTTP library's."""
+    """Broken connections before the commit as `UploadError`."""
     try:
         yield
     except Exception as error:
-        if type(error) is not RuntimeError and not type(error).__module__.startswith("httpx"):
+        if not _is_broken_connection(error):
             raise
         raise UploadError(
             f"the upload to {repo_id} broke off: {error} ({error.__cause__ or type(error).__name__}). Nothing of it "
@@ -145,12 +199,12 @@ def _prepare(
         print(f"{repo_id} is public and stays so.")
     if parent is not None and not (re.fullmatch("[0-9a-f]{7,40}", parent) and head.startswith(parent)):
         raise ConflictError(_conflict(repo_id, revision, parent, head))
-    if tag and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+    if tag and _has_tag(api, repo_id, tag):
         raise ConflictError(f"{repo_id} already has a tag {tag!r}: choose another")
     return head
 
 
-def _send(
+def _prepare_sending(
     api: Any,
     repo_id: str,
     files: Sequence[Path],
@@ -159,21 +213,47 @@ def _send(
     create_pr: bool,
     message: str,
     head: str,
-) -> Any:
+) -> Callable[[], Any]:
+    """Upload the large files; return what commits."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
     additions = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
     where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+    api.preupload_lfs_files(repo_id, additions, **where)
+    operations = [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+
+    def send() -> Any:
+        try:
+            return api.create_commit(repo_id, operations, commit_message=message, parent_commit=head, **where)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 412:
+                raise
+            now = api.repo_info(repo_id, revision=revision).sha
+            raise ConflictError(_conflict(repo_id, revision, head, now)) from error
+        except Exception as error:
+            if not _is_broken_connection(error):
+                raise
+            seen = _seen_after(api, repo_id, revision, create_pr, head)
+            raise UploadError(f"the connection broke while committing to {repo_id}: {error}. {seen}") from error
+
+    return send
+
+
+def _seen_after(api: Any, repo_id: str, revision: str | None, create_pr: bool, head: str) -> str:
+    """What can be told of a commit whose answer was lost: the Hub may have made it all the same."""
+    if create_pr:
+        return f"A pull request may be open: look at {api.endpoint}/{repo_id}/discussions before you try again"
+    again = "the same command goes on, and commits nothing that is there already"
     try:
-        api.preupload_lfs_files(repo_id, additions, **where)
-        operations = [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
-        return api.create_commit(repo_id, operations, commit_message=message, parent_commit=head, **where)
-    except HfHubHTTPError as error:
-        if error.response is None or error.response.status_code != 412:
-            raise
         now = api.repo_info(repo_id, revision=revision).sha
-        raise ConflictError(_conflict(repo_id, revision, head, now)) from error
+    except Exception as error:
+        if not (isinstance(error, OSError) or _is_broken_connection(error)):
+            raise
+        return f"Whether the commit is there could not be found out; {again}"
+    if now == head:
+        return f"Nothing of it is visible; {again}"
+    return f"{revision or 'The main branch'} has moved to {now[:12]}, so the commit is probably there; {again}"
 
 
 def _conflict(repo_id: str, revision: str | None, expected: str, head: str) -> str:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..upload_to_hub import last_error
+
 TOKENS = 16  # greedy
 # Largest difference of logits that makes no other model, as a share of the largest logit. The same code on the same
 # machine gives the same bits; this leaves room for another device or another attention kernel.
@@ -114,7 +116,7 @@ def probe(
         cache: Folder for downloads; a temporary one by default, so that everything comes from the Hub.
 
     Raises:
-        ProbeError: It does not load or run; the message has the end of what the interpreter said.
+        ProbeError: It does not load or run; the message is the interpreter's last error.
     """
     with tempfile.TemporaryDirectory(dir=cache and Path(cache).parent) as work:
         variables = {
@@ -130,7 +132,7 @@ def probe(
         command = [sys.executable, "-c", _SCRIPT, *arguments]
         done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ProbeError(f"{source} does not load and answer on its own:\n{done.stderr[-4000:]}")
+            raise ProbeError(f"{source} does not load and answer on its own: {last_error(done.stderr)}")
         found: dict[str, Any] = json.loads(output.read_text())
     return Output(found["ids"], found["values"], found["dtype"], found["class"])
 

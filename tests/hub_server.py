@@ -79,6 +79,8 @@ class HubServer:
         cuts: As many uploads to come are cut after their first bytes.
         hold: Set to let the uploads to come stop halfway until the client goes away; `held` is set when one does.
         before_commit: Called before the next commit is looked at, once.
+        lost: Of these kinds ("commit", "tag") the next request is carried out and its answer lost, once each.
+        down: No request gets an answer.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None, part_size: int | None = None) -> None:
@@ -92,6 +94,8 @@ class HubServer:
         self.cuts = 0
         self.hold, self.held = threading.Event(), threading.Event()
         self.before_commit: Callable[[], Any] | None = None
+        self.lost: set[str] = set()
+        self.down = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
@@ -129,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         self.hub.requests.append((self.command, url.path))
+        self._muted = False
         try:
             for method, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, url.path)
@@ -169,6 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._drain()
+        if self._muted or self.hub.down:
+            self.close_connection = True
+            return
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(key, value)
@@ -230,8 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _tag(self, repo_id: str, revision: str) -> None:
         repository, sha = self._revision(repo_id, revision, True)
         tag = self._values()["tag"]
+        self._lose("tag")
         self._new_ref(repository, tag, sha)
         repository.tags.add(tag)
+
+    def _lose(self, kind: str) -> None:
+        self._muted = kind in self.hub.lost
+        self.hub.lost.discard(kind)
 
     def _new_ref(self, repository: Repository, name: str, sha: str) -> None:
         self._drain()
@@ -374,6 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._apply(files, line["key"], line["value"])
         number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
         new = repository.commit(files, f"refs/pr/{number}" if proposal else revision, header["summary"])
+        self._lose("commit")
         url = f"{self._url(repo_id)}/discussions/{number}" if proposal else None
         answer = {"success": True, "commitOid": new, "commitUrl": f"{self._url(repo_id)}/commit/{new}"}
         self._json({**answer, "pullRequestUrl": url})

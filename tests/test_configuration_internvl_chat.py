@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,41 @@ def _keys(values: Any) -> set[str]:
     if not isinstance(values, dict):
         return set()
     return set(values).union(*(_keys(value) for value in values.values()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("select_layer", "x", "an integer, got 'x'"),
+        ("select_layer", True, "an integer, got True"),
+        ("min_dynamic_patch", 0, "an integer of at least 1, got 0"),
+        ("max_dynamic_patch", None, "an integer of at least 1, got None"),
+        ("force_image_size", -448, "an integer of at least 0 or null, got -448"),
+        ("force_image_size", 448.0, "an integer of at least 0 or null, got 448.0"),
+        ("img_context_token_id", "x", "an integer of at least 0 or null, got 'x'"),
+        ("downsample_ratio", 0, "a number above 0 and up to 1, got 0"),
+        ("downsample_ratio", float("nan"), "a number above 0 and up to 1, got nan"),
+        ("use_thumbnail", "no", "true or false, got 'no'"),
+        ("dynamic_image_size", None, "true or false, got None"),
+        ("pad2square", 1, "true or false, got 1"),
+        ("template", [], "a text or null, got []"),
+        ("system_message", 3, "a text or null, got 3"),
+    ],
+)
+def test_values_that_no_code_can_use_are_refused(field: str, value: Any, wanted: str, tmp_path: Path) -> None:
+    folder = _write(tmp_path, _released(**{field: value}))
+    with pytest.raises(ValueError, match=re.escape(f"{field} must be {wanted}.")):
+        InternVLChatConfig.from_pretrained(folder)
+
+
+def test_a_tile_range_without_tiles_is_refused() -> None:
+    with pytest.raises(ValueError, match="min_dynamic_patch 9 exceeds max_dynamic_patch 6"):
+        InternVLChatConfig(**_released(min_dynamic_patch=9, max_dynamic_patch=6))
+
+
+def test_a_forced_size_of_nothing_is_no_forced_size() -> None:
+    values = _released(force_image_size=0)
+    assert InternVLChatConfig(**values).image_size == values["vision_config"]["image_size"]
 
 
 # ---------------------------------------------------------------------------------------------------------- round trip

@@ -8,7 +8,7 @@ from PIL import Image, ImageFont
 from tiny import CHAT, QWEN2, load
 from transformers import PreTrainedTokenizerFast
 
-from internvl_hub.grounding_internvl import GROUNDING_PROMPT, Grounding, draw_boxes, parse_grounding
+from internvl_hub.grounding_internvl import GROUNDING_PROMPT, Grounding, box_text, draw_boxes, parse_grounding
 from internvl_hub.tiling_internvl import ImageLoadError
 
 HALF = (50.0, 50.0, 100.0, 200.0)  # [[250, 125, 500, 500]] of 200 x 400 pixels
@@ -111,3 +111,40 @@ def test_ground_asks_with_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(ImageLoadError):
         model.ground(tokenizer, "missing.png", "a dog")
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_boxes_are_written_as_models_write_them() -> None:
+    assert box_text([HALF], 200, 400, "a cat") == "<ref>a cat</ref><box>[[250, 125, 500, 500]]</box>"
+    assert box_text([HALF[2:] + HALF[:2], (0, 0, 200, 400)], 200, 400) == (
+        "<box>[[250, 125, 500, 500], [0, 0, 1000, 1000]]</box>"
+    )
+
+
+@given(
+    size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
+    shares=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+)
+@settings(max_examples=200, deadline=None)
+def test_written_boxes_are_read_back(size: tuple[int, int], shares: list[float]) -> None:
+    """To half a thousandth; a box that is thinner than that has no area."""
+    box = [share * size[i % 2] for i, share in enumerate(shares)]
+    wanted = (min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3]))
+    found = parse_grounding(box_text([box], *size, "x"), *size).boxes
+    if all(wanted[i + 2] - wanted[i] > size[i] / 500 and wanted[i + 2] > size[i] / 300 for i in range(2)):
+        ((label, read),) = found
+        assert label == "x"
+        assert all(abs(a - b) <= size[i % 2] / 1999 for i, (a, b) in enumerate(zip(read, wanted, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "size"),
+    [([], (10, 10)), ([(1, 2, 3)], (10, 10)), ([(1, 2, 11, 4)], (10, 10)), ([(-1, 2, 3, 4)], (10, 10)),
+     ([(1, 2, float("nan"), 4)], (10, 10)), ([(0, 0, 0, 0)], (0, 10))],
+    ids=range(6),
+)  # fmt: skip
+def test_boxes_that_cannot_be_written(boxes: list, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"box|width"):
+        box_text(boxes, *size)

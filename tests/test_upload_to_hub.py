@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from versions import runnable
 
 from internvl_hub import upload_to_hub as upload
@@ -56,10 +56,15 @@ def checkpoint(tmp_path: Path) -> Path:
     files = {
         "config.json": json.dumps(config),
         "processor_config.json": "{}",
-        "model.safetensors": "weights",
+        "model.safetensors": _weights("weights"),
         "tokenizer.json": "{}",
     }
     return _write(tmp_path / "checkpoint", files)
+
+
+def _weights(text: str, names: str = "a") -> str:
+    """A safetensors file whose tensors hold the bytes of a text; of seven it has 71."""
+    return save({name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name in names}).decode()
 
 
 def _names(folder: Path) -> set[str]:
@@ -99,7 +104,8 @@ def test_shards_travel_with_their_index(checkpoint: Path, code_root: Path, tmp_p
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     index = json.dumps({"weight_map": dict(zip("abc", sorted(shards) * 2, strict=False))})
     stale = {"model-00001-of-00003.safetensors": ""}
-    _write(checkpoint, {**dict.fromkeys(shards, "w"), **stale, "model.safetensors.index.json": index})
+    shards_of = dict(zip(sorted(shards), (_weights("w", "ac"), _weights("w", "b")), strict=True))
+    _write(checkpoint, {**shards_of, **stale, "model.safetensors.index.json": index})
     gather(checkpoint, tmp_path / "out", code_root=code_root)
     weights = {name for name in _names(tmp_path / "out") if "safetensors" in name}
     assert weights == shards | {"model.safetensors.index.json"}
@@ -114,7 +120,7 @@ def test_weights_are_copied_where_links_fail(
     monkeypatch.setattr(os, "link", fail)
     gather(checkpoint, tmp_path / "out", code_root=code_root)
     copy = tmp_path / "out" / "model.safetensors"
-    assert copy.read_text() == "weights" and not copy.samefile(checkpoint / "model.safetensors")
+    assert copy.read_text() == _weights("weights") and not copy.samefile(checkpoint / "model.safetensors")
 
 
 def test_checkpoint_is_left_alone(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
@@ -187,6 +193,21 @@ def test_processor_config_keeps_what_was_saved(checkpoint: Path, code_root: Path
     assert config["image_processor"]["auto_map"] == {"AutoImageProcessor": upload.IMAGE_PROCESSOR}
 
 
+def test_where_it_was_loaded_from_is_not_told(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    places = {"_name_or_path": "/home/alice/x", "name_or_path": "alice/x"}
+    config = {**_json(checkpoint / "config.json"), **places, "llm_config": {**places, "hidden_size": 8}, "x": [places]}
+    files = {
+        "config.json": config, "tokenizer_config.json": {**places, "kept": 1}, "generation_config.json": places,
+        "processor_config.json": {"image_processor": places}, "preprocessor_config.json": places,
+    }  # fmt: skip
+    _write(checkpoint, {name: json.dumps(values) for name, values in files.items()})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert all("alice" not in (tmp_path / "out" / name).read_text() for name in files)
+    published = _json(tmp_path / "out" / "config.json")
+    assert (published["llm_config"], published["x"]) == ({"hidden_size": 8}, [{}])
+    assert _json(tmp_path / "out" / "tokenizer_config.json") == {"kept": 1}
+
+
 # Model card
 
 
@@ -206,6 +227,83 @@ def test_own_model_card_is_kept(checkpoint: Path, code_root: Path, tmp_path: Pat
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    "reference", ["/tmp/secret.X", "../secret.X", "sub/secret.X", "secret", "a/b--secret.X", 3, ["x"]]
+)
+def test_auto_map_cannot_name_files_elsewhere(
+    checkpoint: Path, code_root: Path, tmp_path: Path, reference: object
+) -> None:
+    """Any Python file of the user's disk could be published by a checkpoint that somebody else wrote."""
+    for folder in (tmp_path, code_root / "sub"):
+        _write(folder, {"secret.py": "PASSWORD = 1\n"})
+    if reference == "/tmp/secret.X":
+        reference = f"{tmp_path}/secret.X"
+    config = {"model_type": "internvl_chat", "auto_map": {"AutoModelForVision2Seq": reference}}
+    _write(checkpoint, {"config.json": json.dumps(config)})
+    with pytest.raises(LayoutError, match=f"auto_map names {re.escape(repr(reference))}: write file.Class"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize("reference", ["{folder}/secret.X", "../secret.X", 3])
+def test_tokenizer_cannot_name_files_elsewhere(
+    checkpoint: Path, code_root: Path, tmp_path: Path, reference: object
+) -> None:
+    _write(tmp_path, {"secret.py": "PASSWORD = 1\n"})
+    reference = reference.format(folder=tmp_path) if isinstance(reference, str) else reference
+    _write(checkpoint, {"tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": [reference, None]}})})
+    with pytest.raises(LayoutError, match="write file.Class"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+def test_entry_that_is_no_text_gives_way(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    config = {"model_type": "internvl_chat", "auto_map": {"AutoModel": None, "AutoConfig": "../secret.X"}}
+    _write(checkpoint, {"config.json": json.dumps(config)})
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    assert _json(tmp_path / "out" / "config.json")["auto_map"] == upload.AUTO_MAP
+
+
+@pytest.mark.parametrize("code", [b"def (", b"# caf\xe9", b"x = 1\x00"], ids=range(3))
+def test_code_that_is_no_python(checkpoint: Path, code_root: Path, tmp_path: Path, code: bytes) -> None:
+    _write(checkpoint, {"tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": "own.Own"}})})
+    (checkpoint / "own.py").write_bytes(code)
+    with pytest.raises(HubCodeError, match="own.py cannot be read as Python"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "its beginning is lost"),
+        (lambda whole: whole[:-1], "it has 70 bytes and should have 71"),
+        (lambda whole: whole + b"0", "it has 72 bytes and should have 71"),
+        (lambda whole: b"", "its beginning is lost"),
+        (lambda whole: b"<html>Not found</html>", "is no safetensors file"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (lambda whole: whole.replace(b'"a"', b'"a '), "not valid JSON"),
+        (lambda whole: whole.replace(b"data_offsets", b"data_offsetz"), "lacks the place of a tensor"),
+        (lambda whole: whole.replace(b"[0,7]", b"[1,7]"), "overlap or leave gaps"),
+        (lambda whole: save({}), "has no tensors"),
+        (lambda whole: (8).to_bytes(8, "little") + b"[1]     ", "holds a list"),
+    ],
+    ids=range(11),
+)
+def test_damaged_weights(checkpoint: Path, code_root: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(LayoutError, match=message):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
+@pytest.mark.parametrize("names", ["a", "abc", "xy"])
+def test_index_that_does_not_fit(checkpoint: Path, code_root: Path, tmp_path: Path, names: str) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    shard = "model-00001-of-00001.safetensors"
+    index = json.dumps({"weight_map": dict.fromkeys(names, shard)})
+    _write(checkpoint, {shard: _weights("w", "ab"), "model.safetensors.index.json": index})
+    with pytest.raises(LayoutError, match="and its shards disagree on"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +341,19 @@ def test_other_weights_get_a_hint(checkpoint: Path, code_root: Path, tmp_path: P
     [
         ({"config.json": "{"}, LayoutError, "not valid JSON"),
         ({"config.json": "[]"}, LayoutError, "not an object"),
+        ({"config.json": '{"model_type": ["internvl_chat"]}'}, LayoutError, "model_type="),
+        (
+            {"config.json": '{"model_type": "internvl_chat", "auto_map": ["x"]}'},
+            LayoutError,
+            "auto_map in config.json",
+        ),
+        ({"config.json": "[" * 100_000}, LayoutError, "not valid JSON"),
+        (
+            {"config.json": f'{{"model_type": "internvl_chat", "x": {"[" * 700}{"]" * 700}}}'},
+            LayoutError,
+            "nested too deeply",
+        ),
+        ({"processor_config.json": '{"image_processor": [1]}'}, LayoutError, "image_processor in processor_config"),
         ({"config.json": '{"model_type": "internvl"}'}, LayoutError, "model_type='internvl'"),
         ({"model.safetensors.index.json": "{}"}, LayoutError, "remove the stale one"),
         (
@@ -273,6 +384,14 @@ def test_bad_shard_names(
         gather(checkpoint, tmp_path / "out", code_root=code_root)
 
 
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'])
+def test_index_without_names_of_files(checkpoint: Path, code_root: Path, tmp_path: Path, index: str) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    _write(checkpoint, {"model.safetensors.index.json": index})
+    with pytest.raises(LayoutError, match="has no weight_map"):
+        gather(checkpoint, tmp_path / "out", code_root=code_root)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "processor_config.json"])
 def test_links_out_of_the_checkpoint_are_refused(checkpoint: Path, code_root: Path, tmp_path: Path, name: str) -> None:
     (checkpoint / name).rename(tmp_path / "elsewhere")
@@ -299,7 +418,7 @@ def test_snapshot_of_the_hub_cache_is_followed(checkpoint: Path, code_root: Path
         (snapshot / path.name).symlink_to(path)
     gather(snapshot, tmp_path / "out", code_root=code_root)
     weights = tmp_path / "out" / "model.safetensors"
-    assert weights.read_text() == "weights" and not weights.is_symlink()
+    assert weights.read_text() == _weights("weights") and not weights.is_symlink()
 
 
 # The target folder
@@ -348,7 +467,7 @@ def test_dry_run_needs_no_client(checkpoint: Path, code_root: Path, capsys: pyte
     """Uploads are tried in `publishing/`, against a server."""
     done = push(checkpoint, "user/name", code_root=code_root, dry_run=True)
     assert {path.name for path in done.files} == CLOSURE | DATA and done.commit is None
-    assert re.search(r"^ +7  model.safetensors$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search(r"^ +71  model.safetensors$", capsys.readouterr().out, flags=re.MULTILINE)
     assert _names(checkpoint.parent) == {"checkpoint", "code"}  # nothing temporary stays
 
 
@@ -399,6 +518,22 @@ def test_command_line_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> N
         "commit_message": "m", "license": "mit", "base_model": ["b/m", "c/n"], "evaluations": ["e.json"],
         "parent_commit": "abc", "tag": "v1", "replace_card": True,
     }  # fmt: skip
+
+
+def test_last_error_of_an_interpreter() -> None:
+    code = "try:\n    1 / 0\nexcept Exception as error:\n    raise ValueError('first line\\n  second') from error"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert upload.last_error(f"a warning\n{done.stderr}") == "ValueError: first line second"
+    done = subprocess.run([sys.executable, "-c", "x = ("], capture_output=True, text=True)
+    assert upload.last_error(done.stderr).startswith("SyntaxError: ")
+    assert upload.last_error("") == "it was ended from outside"
+
+
+def test_verification_says_one_line(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
+    gather(checkpoint, tmp_path / "out", code_root=code_root)
+    with pytest.raises(VerificationError, match="does not load on its own: .*Error: ") as caught:
+        upload.verify(tmp_path / "out")
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def test_runs_as_a_plain_script(tmp_path: Path) -> None:

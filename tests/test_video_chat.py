@@ -4,7 +4,9 @@ import sys
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -66,7 +68,7 @@ def levels(video) -> list[int]:
         ({}, 8, None),
         ({"num_frames": 3}, 3, None),
         ({"fps": 1}, 3, None),
-        ({"fps": 100}, FRAMES, None),
+        ({"fps": RATE - 0.4}, FRAMES - 1, None),
         ({"fps": 2, "clip": (1, 2)}, 2, (1, 2)),
         ({"num_frames": 9, "max_frames": 2}, 2, None),
         ({"num_frames": 2, "clip": (1.0, float("inf"))}, 2, (1.0, float("inf"))),
@@ -83,6 +85,38 @@ def test_frames_are_those_of_the_rule(film: Path, options: dict, count: int, par
     assert video.prompt == "".join(f"Frame-{i}: <image>\n" for i in range(1, count + 1))
     assert video.timestamps == [index / RATE for index in indices]
     assert str(count) in video.choice and f"{count * TOKENS} visual tokens" in video.choice
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"fps": RATE}, range(FRAMES)),
+        ({"fps": 100}, range(FRAMES)),
+        ({"fps": 100, "clip": (1, 2)}, range(4, 8)),
+        ({"fps": 100, "clip": (0.375, 1.125)}, range(1, 4)),  # frames 1.5 to 4.5, both rounded to even
+        ({"fps": 3, "clip": (2.4, 9)}, [9, 10]),
+        ({"fps": 100, "max_frames": FRAMES - 1}, segment_indices(FRAMES, FRAMES - 1)),
+    ],
+    ids=range(6),
+)
+def test_a_rate_shows_no_frame_twice(film: Path, options: dict, wanted) -> None:
+    video = loaded()[0].load_video(film, **options)
+    assert video.indices == levels(video) == list(wanted)
+    assert video.choice.startswith(f"{len(wanted)} of {FRAMES} frames")
+
+
+def test_a_whole_processor_stands_for_its_image_processor(film: Path) -> None:
+    model, tokenizer = loaded()
+    images = InternVLImageProcessor(image_size=56, max_dynamic_patch=2, image_mean=[0.1] * 3)
+    processor = SimpleNamespace(image_processor=images, tokenizer=tokenizer)
+    one, other = (model.load_video(film, num_frames=2, image_processor=given) for given in (images, processor))
+    assert torch.equal(one.pixel_values, other.pixel_values)
+    assert not torch.equal(one.pixel_values, model.load_video(film, num_frames=2).pixel_values)
+    one, other = (
+        model.ground(tokenizer, grey(5), "the dog", {"max_new_tokens": 2}, image_processor=given)
+        for given in (images, processor)
+    )
+    assert one == other
 
 
 def test_timestamps_stand_in_the_lines(film: Path) -> None:
@@ -122,12 +156,20 @@ def test_a_folder_needs_a_rate_for_times(folder: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"fps": 1, "num_frames": 2}, {"fps": 0}, {"num_frames": -1}, {"max_frames": 0}, {"token_budget": 0},
-     {"max_tiles": 0}, {"fps": float("nan")}, {"clip": (9, 10)}, {"clip": (2, 1)}, {"fps": 1, "clip": (9, 10)}],
-    ids=range(10),
+     {"max_tiles": 0}, {"fps": float("nan")}, {"clip": (9, 10)}, {"clip": (2, 1)}, {"fps": 1, "clip": (9, 10)},
+     {"num_frames": 2.0}, {"max_frames": 1.5}, {"token_budget": 100.5}, {"max_tiles": 1.5}, {"num_frames": True},
+     {"num_frames": "3"}, {"fps": "2"}, {"source_fps": "2"}, {"clip": (-1, 2)}, {"clip": (-1, 2), "fps": 1},
+     {"clip": 3}, {"clip": (0, None)}, {"clip": "ab"}],
+    ids=range(23),
 )  # fmt: skip
 def test_bad_arguments(film: Path, options: dict) -> None:
-    with pytest.raises(ValueError):  # VideoLoadError is one
+    with pytest.raises(ValueError, match="|".join([*options, "bound"])):  # VideoLoadError is one
         loaded()[0].load_video(film, **options)
+
+
+def test_numbers_of_numpy_are_numbers(film: Path) -> None:
+    options = {"num_frames": np.int64(3), "max_frames": np.int32(2), "clip": (np.float32(0), 2)}
+    assert len(loaded()[0].load_video(film, **options).indices) == 2
 
 
 def test_without_pyav_the_error_says_what_to_do(film: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoint_internvl import CheckpointError, read_json
 from ..configuration_internvl_chat import InternVLChatConfig
-from ..conversion.convert import ConversionReport, upgrade
+from ..conversion.convert import RUN_FILES, ConversionReport, copy_files, upgrade
 from ..conversion.folders import refuse_same, resolve
 from ..conversion.tokenizers import FILES
 from ..modeling_internvl_chat import InternVLChatModel
@@ -55,7 +55,8 @@ def merge_adapter_folder(
     """Writes a self-contained checkpoint with the adapters of a PEFT folder merged into their base.
 
     Its configuration is the base's. Where the adapter folder holds a `config.json` of the model that was trained,
-    whose template, tiles or image size differ from the base's, those are taken over, as they were for training.
+    whose template, tiles or image size differ from the base's, those are taken over, as they were for training. What
+    the run says of itself (recipe, report, curve) goes along, for the model card.
 
     Args:
         adapter: Folder or Hub repository with `adapter_config.json`; parts trained whole are in it too.
@@ -86,6 +87,7 @@ def merge_adapter_folder(
         model.save_pretrained(merged)
         built.processor.save_pretrained(merged)
         _keep_files(base_folder, Path(merged), built.tokenizer)
+        copy_files(RUN_FILES, folder, Path(merged))
         return upgrade(merged, target, **options)
 
 

@@ -28,6 +28,8 @@ from .recipe_overrides import parse_override
 from .recipe_yaml import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_ON_DISK = "# Weights on disk, no Hub names: "
+_WEIGHTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
 _NO_RECIPES = ("_base", "accelerate", "deepspeed")
 
 
@@ -169,7 +171,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """A recipe as one file without `extends`, to be saved with its run: what differs from the defaults.
 
     `load_recipe` makes equal arguments of it, on another number of processes up to the accumulation steps. It records
-    what was loaded: later changes to the arguments are not in it.
+    what was loaded: later changes to the arguments are not in it. A comment names the settings of weights on disk,
+    since elsewhere nobody could tell a folder `runs/stage1` from a Hub name; model cards read it.
     """
     content: Settings = {}
     if recipe.settings.get(BATCH) is not None:
@@ -181,4 +184,7 @@ def dump_recipe(recipe: Recipe) -> str:
         content |= {section: changed} if changed or there else {}
     steps = recipe.training.gradient_accumulation_steps
     header = f"# Settings of {recipe.name}, resolved; gradient_accumulation_steps was {steps}.\n"
+    values = content.get("model", {})
+    if on_disk := [key for key in _WEIGHTS if isinstance(values.get(key), str) and Path(values[key]).exists()]:
+        header += f"{_ON_DISK}{', '.join(on_disk)}\n"
     return header + dump_yaml(content)

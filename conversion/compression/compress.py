@@ -19,6 +19,7 @@ from ...processing_internvl import InternVLProcessor
 from ...upload_to_hub import MARKER
 from ..convert import write_checkpoint
 from ..folders import refuse_same, resolve
+from ..processors import SavedProcessor
 from ..source import Source, open_checkpoint, settle_context_token
 from .data import CalibrationRows, choose_rows
 from .plan import (
@@ -47,6 +48,7 @@ class CompressionReport:
         plan: Layers that were compressed and layers that were kept.
         calibration: The rows; None without data.
         bytes_before, bytes_after: Of all tensors.
+        processor: Settings of the saved processor that were changed.
     """
 
     target: Path
@@ -55,6 +57,7 @@ class CompressionReport:
     calibration: CalibrationRows | None
     bytes_before: int
     bytes_after: int
+    processor: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count} {part}" for part, count in self.plan.kept_by_part().items() if count)
@@ -64,7 +67,8 @@ class CompressionReport:
             f"compressed: {len(self.plan.compressed)} linear layers of the decoder; kept: {kept}",
             f"size: {_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)} ({share:.0f} %)",
         ]
-        return "\n".join([*lines, f"calibration: {self.calibration}"] if self.calibration else lines)
+        lines += [f"calibration: {self.calibration}"] if self.calibration else []
+        return "\n".join([*lines, *(f"processor: {sentence}" for sentence in self.processor)])
 
 
 def _megabytes(size: int) -> str:
@@ -125,9 +129,9 @@ def compress(
     model.img_context_token_id = opened.config.img_context_token_id
     run_compressor(model, processor, method, group_size, plan, chosen)
     compressed = compressed_source(model, opened, plan)
-    write_checkpoint(compressed, target, overwrite=overwrite)
+    written = write_checkpoint(compressed, target, overwrite=overwrite)
     sizes = [sum(tensor.nbytes for tensor in each.tensors.values()) for each in (opened, compressed)]
-    return CompressionReport(Path(target).resolve(), method, plan, chosen, *sizes)
+    return CompressionReport(written.target, method, plan, chosen, *sizes, written.processor)
 
 
 def _refuse_target(folder: Path, target: str | Path, overwrite: bool) -> None:
@@ -148,4 +152,4 @@ def _processor(source: Source) -> InternVLProcessor:
 
     tokenizer = load_own_tokenizer(source.folder)
     settle_context_token(source, tokenizer)
-    return InternVLProcessor.from_model_config(source.config, tokenizer)
+    return SavedProcessor.open(source.folder).processor(source.config, tokenizer)

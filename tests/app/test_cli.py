@@ -77,6 +77,38 @@ def test_what_cannot_be_done_is_one_line(source: Path, tmp_path: Path, capsys: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 
 
+_UNREADABLE = {
+    "a part that is a text": {"llm_config": "x"},
+    "an encoder that is a text": {"vision_config": "x"},
+    "an encoder without heads": {"vision_config": {"num_attention_heads": 0}},
+    "an unknown dtype": {"dtype": "float33"},
+    "an unknown rotary type": {"llm_config": {"rope_scaling": {"type": "no_such", "factor": 2.0}}},
+    "quantization that is a text": {"quantization_config": "awq"},
+    "a ratio of nothing": {"downsample_ratio": 0},
+    "a layer that is a text": {"select_layer": "x"},
+}
+
+
+@pytest.mark.parametrize("name", [*_UNREADABLE, "nested without end"])
+def test_a_configuration_from_anywhere_is_never_a_traceback(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = source / "config.json"
+    values = json.loads(path.read_text())
+    for field, value in _UNREADABLE.get(name, {}).items():
+        values[field] = {**values[field], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(values) if name in _UNREADABLE else "[" * 100_000)
+    commands = [["describe", str(source)], ["upgrade", str(source), str(tmp_path / "new")],
+                ["convert", str(source), str(tmp_path / "native"), "--to", "native"]]  # fmt: skip
+    for arguments in commands:
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in error if line.startswith(f"internvl {arguments[0]}: ")]) == 1
+        assert error[-1].startswith(f"internvl {arguments[0]}: ")
+    assert main(["doctor", str(source)]) in (1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
+
+
 def test_doctor(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = source / "model.safetensors"
     assert main(["upgrade", str(source), str(tmp_path / "new")]) == 0

@@ -15,7 +15,7 @@ from PIL import Image
 
 from internvl_hub.app import page_chat
 from internvl_hub.app.page_chat import Conversation, Host, with_marks
-from internvl_hub.app.page_limits import ChatLimits, PageError, Settings, checked_settings
+from internvl_hub.app.page_limits import ChatLimits, PageError, Settings, checked_settings, setting_ranges
 from internvl_hub.app.page_media import MediaLimits, Upload, read_upload
 from internvl_hub.app.page_medium import make_medium
 from internvl_hub.app.page_visitors import Conversations
@@ -173,6 +173,14 @@ def test_good_settings_pass() -> None:
     values = {"max_tiles": 4.0, "temperature": 1, "system": " Hello ", "thinking": "on", "top_k": 0}
     settings = checked_settings(values, ChatLimits(), 16)
     assert settings == Settings(max_tiles=4, temperature=1.0, system="Hello", thinking="on", top_k=0)
+
+
+def test_limits_hold_for_settings_that_are_not_sent() -> None:
+    settings = checked_settings({}, ChatLimits(tiles=1, new_tokens=7), 2)
+    assert (settings.max_tiles, settings.frames, settings.max_new_tokens) == (1, 2, 7)
+    assert checked_settings({}, ChatLimits(), 16) == Settings()
+    ranges = setting_ranges(ChatLimits(tiles=1, new_tokens=10**9), 5)
+    assert (ranges["max_tiles"], ranges["frames"], ranges["max_new_tokens"]) == ((1, 1), (1, 5), (1, 1 << 20))
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -400,7 +408,33 @@ def test_the_longest_idle_gives_way(parts: tuple[Any, Any]) -> None:
     first, second = visitors.get("1"), visitors.get("2")
     assert visitors.get("1") is first
     visitors.get("3")
+    assert not second.closed
+    visitors.admit()
     assert second.closed and not first.closed and len(visitors) == 2
+
+
+@pytest.mark.parametrize("question", [" ", "<image> What?", "字" * 4000], ids=["empty", "marks", "long"])
+def test_refused_questions_drive_nobody_out(parts: tuple[Any, Any], question: str) -> None:
+    visitors = Conversations(Host(*parts, ChatLimits(conversations=2)))
+    first = visitors.get("first")
+    answer(first, NUMBER_QUESTION, upload(NUMBER))
+    for number in range(4):
+        with pytest.raises(PageError):
+            for _ in visitors.get(f"{number}").ask(question, [], GREEDY):
+                visitors.admit()
+        visitors.release(f"{number}")
+    assert visitors.find("first") is first and not first.closed and len(visitors) == 1
+    visitors.release("first")
+    assert visitors.find("first") is first and first.media
+
+
+def test_a_question_being_answered_is_not_released(host: Host, endless: Endless) -> None:
+    visitors = Conversations(host)
+    words = visitors.get("1").ask("Talk.", [], GREEDY)
+    next(words)
+    visitors.release("1")
+    assert visitors.find("1") is not None
+    words.close()
 
 
 def test_nobody_gives_way_while_waiting(parts: tuple[Any, Any], endless: Endless) -> None:
@@ -409,6 +443,8 @@ def test_nobody_gives_way_while_waiting(parts: tuple[Any, Any], endless: Endless
     next(words)
     with pytest.raises(PageError, match="Too many visitors"):
         visitors.get("2")
+    visitors.admit()
+    assert visitors.find("1") is not None
     words.close()
     assert visitors.get("2")
 
@@ -426,6 +462,7 @@ def test_the_module_knows_no_web_framework() -> None:
     for name in (
         "page_chat",
         "page_visitors",
+        "page_gate",
         "page_limits",
         "page_medium",
         "page_media",
@@ -435,4 +472,5 @@ def test_the_module_knows_no_web_framework() -> None:
         tree = ast.parse((app / f"{name}.py").read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-        assert not any(module.split(".")[0] in ("gradio", "gradio_client", "fastapi") for module in names)
+        frameworks = ("gradio", "gradio_client", "fastapi", "starlette")
+        assert not any(module.split(".")[0] in frameworks for module in names)

@@ -1,4 +1,4 @@
-"""What a visitor without a browser may send to the demo page: paths, addresses, other visitors' keys, leaving.
+"""What a visitor without a browser may send to the demo page: paths, addresses, others' keys, too much, leaving.
 
 Needs Gradio; `make test-page` has it.
 """
@@ -32,14 +32,16 @@ class Wire:
 
     def upload(self, path: Path) -> str:
         """Sends a file; returns its path on the server."""
-        reply = httpx.post(f"{self.url}/upload", files={"files": (path.name, path.read_bytes())}, timeout=60)
-        return reply.json()[0]
+        return self.send(path.read_bytes(), path.name).json()[0]
+
+    def send(self, data: bytes, name: str = "a.bin") -> Any:
+        """Sends bytes as a file; returns the response."""
+        return httpx.post(f"{self.url}/upload", files={"files": (name, data)}, timeout=60)
 
     def ask(self, key: str, text: str, *paths: str) -> str:
         """Sends a question; returns all that the page said, as text."""
         files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
-        data = [{"text": text, "files": files}, None, *SETTINGS, *self._thinking]
-        body = {"data": data, "fn_index": self._index, "session_hash": key}
+        body = self.body(key, text, files)
         httpx.post(f"{self.url}/queue/join", json=body, timeout=60).raise_for_status()
         said = []
         with httpx.stream("GET", f"{self.url}/queue/data", params={"session_hash": key}, timeout=120) as stream:
@@ -49,6 +51,10 @@ class Wire:
                     break
         return "\n".join(said)
 
+    def body(self, key: str, text: str, files: list[Any], turns: int | None = None) -> dict[str, Any]:
+        data = [{"text": text, "files": files}, turns, *SETTINGS, *self._thinking]
+        return {"data": data, "fn_index": self._index, "session_hash": key}
+
 
 @pytest.fixture(scope="module")
 def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
@@ -56,7 +62,7 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        from internvl_hub.app.page import Page, build
+        from internvl_hub.app.page import Page, build, server_options
         from internvl_hub.app.page_command import CHECKPOINT, _load, build_parser
         from internvl_hub.app.page_limits import THINKING, can_think
 
@@ -64,7 +70,9 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
         page = Page(host, uploads)
         blocks = build(page, "tiny")
         index = next(i for i, fn in blocks.fns.items() if fn.api_name == "ask")
-        _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False)
+        _, url, _ = blocks.launch(
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **server_options(page)
+        )
         yield Wire(url, page, index, [next(iter(THINKING))] if can_think(host.model) else [])
         blocks.close()
 
@@ -122,6 +130,60 @@ def test_answers_leave_escaped(wire: Wire) -> None:
     said = wire.ask("evil", "<script>alert(1)</script> <img src=x onerror=alert(1)>")
     texts = [line for line in said.splitlines() if "script" in line]
     assert texts and all("<script" not in json.dumps(line) and "<img" not in line for line in texts)
+
+
+@pytest.mark.parametrize("path", ["run/ask", "run/ask/", "run/stop", "api/ask", "call/ask", "call/v2/ask"])
+def test_questions_come_through_the_queue_alone(wire: Wire, path: str) -> None:
+    reply = httpx.post(f"{wire.url}/{path}", json=wire.body("direct", "What is 1+1?", []), timeout=60)
+    assert reply.status_code == 404 and wire.page.visitors.find("direct") is None
+
+
+def test_refused_questions_drive_nobody_out(wire: Wire) -> None:
+    wire.ask("victim", "What is the number?", wire.upload(IMAGES / "number_4_wide.png"))
+    talk = wire.page.visitors.find("victim")
+    fake = wire.send(b"no picture", "a.png").json()[0]
+    before = len(wire.page.visitors)
+    for number in range(wire.page.host.limits.conversations):
+        assert '"success":true' in wire.ask(f"a{number}", " ").replace(" ", "")
+        wire.ask(f"b{number}", "<image> What?")
+        wire.ask(f"c{number}", "What?", fake)
+    assert wire.page.visitors.find("victim") is talk and talk.media and len(wire.page.visitors) == before
+    wire.page.visitors.close("victim")
+    httpx.post(f"{wire.url}/queue/join", json=wire.body("victim", "And now?", [], turns=1), timeout=60)
+    with httpx.stream("GET", f"{wire.url}/queue/data", params={"session_hash": "victim"}, timeout=120) as stream:
+        said = "\n".join(line for line in stream.iter_lines())
+    assert "after a long pause or to make room for others" in said
+
+
+def test_uploads_are_counted_before_they_are_written(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    from internvl_hub.app.page_gate import UploadLimits
+
+    def written() -> int:
+        return sum(path.stat().st_size for path in wire.page.uploads.rglob("*") if path.is_file())
+
+    replies, before = [], written()
+    limits = UploadLimits(visitor_bytes=8 * 2**20)
+    monkeypatch.setattr(wire.page.budget, "limits", limits)
+    for number in range(6):
+        replies.append(wire.send(bytes([number]) * 3 * 2**20))
+    codes = [reply.status_code for reply in replies]
+    assert codes[-1] == 413 and written() - before <= 8 * 2**20
+    assert "no room for this upload" in replies[-1].text
+
+
+def test_a_range_of_one_value_has_no_slider(wire: Wire, tmp_path: Path) -> None:
+    from internvl_hub.app.page import Page, build
+    from internvl_hub.app.page_chat import Host
+    from internvl_hub.app.page_limits import ChatLimits
+    from internvl_hub.app.page_media import MediaLimits
+
+    host = Host(wire.page.host.model, wire.page.host.processor, ChatLimits(tiles=1, new_tokens=1))
+    page = Page(host, tmp_path, MediaLimits(frames=1))
+    blocks = build(page, "tiny")
+    (ask,) = (fn for fn in blocks.fns.values() if fn.api_name == "ask")
+    labels = [component.label for component in ask.inputs[2:]]
+    assert labels[:5] == ["Temperature", "Top-p", "Top-k", "Repetition penalty", "System text"]
+    assert len(labels) == len(page._names())
 
 
 def test_closing_the_tab_frees_the_conversation(wire: Wire) -> None:

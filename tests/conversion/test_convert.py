@@ -172,6 +172,111 @@ def test_pickled_weights_become_safetensors(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "new" / FULL), weights)
 
 
+# ---------------------------------------------------------------------------------------------------------- processor
+
+# What no field of config.json says; each differs from the default.
+BEYOND = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.5, 0.25], "no_upscale": True, "max_total_patches": 7,
+          "divide_patches_by_images": True, "max_pixels": 90000, "exact": False}  # fmt: skip
+LOST_IN_NATIVE = ("no_upscale", "max_total_patches", "divide_patches_by_images", "max_pixels", "exact")
+
+
+def _set_processor(folder: Path, image: dict[str, Any], **fields: Any) -> Path:
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text())
+    values["image_processor"] |= image
+    path.write_text(json.dumps({**values, **fields}))
+    return folder
+
+
+def _upgraded(folder: Path) -> Path:
+    """A fixture checkpoint with a saved processor."""
+    upgrade(_source(QWEN2, folder.with_name(f"{folder.name}-source")), folder, progress=False)
+    return folder
+
+
+def test_settings_that_only_the_saved_processor_knows_survive(tmp_path: Path) -> None:
+    old = _set_processor(_upgraded(tmp_path / "old"), BEYOND, return_num_patches=False)
+    report = upgrade(old, tmp_path / "new", progress=False)
+    assert report.processor == ()
+    native = convert(old, tmp_path / "native", "native", progress=False)
+    back = convert(tmp_path / "native", tmp_path / "back", "original", progress=False)
+    assert back.processor == ()
+    for setting in (*LOST_IN_NATIVE, "return_num_patches"):
+        (sentence,) = [sentence for sentence in native.processor if sentence.startswith(f"{setting} ")]
+        assert sentence.endswith("is kept, but transformers' own does not apply it")
+        assert f"processor: {sentence}" in str(native).splitlines()
+    assert len(native.processor) == len(LOST_IN_NATIVE) + 1
+    picture = Image.effect_noise((150, 60), 80).convert("RGB")
+    wanted = InternVLProcessor.from_pretrained(old)
+    for folder in ("new", "native", "back"):
+        processor = InternVLProcessor.from_pretrained(tmp_path / folder)
+        assert {name: getattr(processor.image_processor, name) for name in BEYOND} == BEYOND
+        pixels = [p.image_processor(picture)["pixel_values"] for p in (processor, wanted)]
+        assert torch.equal(*pixels)
+    saved = [json.loads((tmp_path / folder / "processor_config.json").read_text()) for folder in ("new", "back")]
+    assert saved[0] == saved[1] and saved[0]["return_num_patches"] is False
+
+
+def test_normalisation_reaches_the_native_processor(tmp_path: Path) -> None:
+    old = _set_processor(_upgraded(tmp_path / "old"), BEYOND)
+    convert(old, tmp_path / "native", "native", progress=False)
+    theirs = GotOcr2ImageProcessorPil.from_pretrained(tmp_path / "native")
+    assert (list(theirs.image_mean), list(theirs.image_std)) == (BEYOND["image_mean"], BEYOND["image_std"])
+    video = json.loads((tmp_path / "native" / "video_preprocessor_config.json").read_text())
+    assert video["image_mean"] == BEYOND["image_mean"] and "exact" not in video
+
+
+def test_a_model_of_one_tile_stays_one_there_and_back(tmp_path: Path) -> None:
+    """transformers' own processor tiles whatever its file says; this package's must not."""
+    old = _source(QWEN2, tmp_path / "old", dynamic_image_size=False, use_thumbnail=False)
+    report = convert(old, tmp_path / "native", "native", progress=False)
+    assert report.processor == ("dynamic_image_size False is kept, but transformers' own does not apply it",)
+    assert convert(tmp_path / "native", tmp_path / "back", "original", progress=False).processor == ()
+    for folder in ("native", "back"):
+        processor = InternVLProcessor.from_pretrained(tmp_path / folder).image_processor
+        assert (processor.dynamic_image_size, processor.use_thumbnail) == (False, False)
+        assert processor.num_tiles(500, 100) == 1
+
+
+@pytest.mark.parametrize("to", ["original", "native"])
+def test_a_processor_that_contradicts_the_configuration_is_overruled_and_reported(to: str, tmp_path: Path) -> None:
+    wrong = {"max_dynamic_patch": 3, "use_thumbnail": False, "image_size": 28}
+    old = _set_processor(_upgraded(tmp_path / "old"), {**wrong, "no_upscale": True}, template="phi3-chat")
+    report = convert(old, tmp_path / "new", to, progress=False)
+    config = json.loads((old / "config.json").read_text())
+    wanted = {"max_dynamic_patch": (3, config["max_dynamic_patch"]), "use_thumbnail": (False, True),
+              "image_size": (28, config["force_image_size"]),
+              "template": ("phi3-chat", config["template"])}  # fmt: skip
+    sentences = [f"{name} {a!r} becomes {b!r}, as config.json says" for name, (a, b) in wanted.items()]
+    assert set(sentences) == {sentence for sentence in report.processor if "config.json" in sentence}
+    processor = InternVLProcessor.from_pretrained(tmp_path / "new")
+    assert processor.template == config["template"] and processor.image_processor.no_upscale is True
+    assert {name: getattr(processor.image_processor, name) for name in wrong} == {n: wanted[n][1] for n in wrong}
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ({"exact": "x"}, "exact is 'x', not true or false"),
+        ({"max_total_patches": -1}, "max_total_patches must be at least 1, got -1"),
+        ({"max_pixels": 1e30}, "max_pixels is 1e+30, not an integer or null"),
+        ({"image_mean": [1e30, 0, 0]}, "image_mean is [1e+30, 0, 0], not three numbers from 0 to 1"),
+        ({"image_std": True}, "image_std is True, not three numbers"),
+        ({"image_mean": 0}, "image_mean is 0, not three numbers"),
+        ({"min_dynamic_patch": []}, "TypeError"),
+    ],
+    ids=["flag", "budget", "limit", "mean", "deviation", "one mean", "least"],
+)
+def test_a_processor_that_cannot_be_used_is_written_anew_and_reported(
+    image: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    old = _upgraded(tmp_path / "old")
+    good = json.loads((old / "processor_config.json").read_text())
+    (sentence,) = upgrade(_set_processor(old, image), tmp_path / "new", progress=False).processor
+    assert sentence.startswith("processor_config.json cannot be used (") and reason in sentence
+    assert json.loads((tmp_path / "new" / "processor_config.json").read_text()) == good
+
+
 # ------------------------------------------------------------------------------------------------------------ convert
 
 
@@ -328,6 +433,22 @@ def _edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**values, **changes}))
 
 
+def _write(folder: Path, file: str, **changes: Any) -> None:
+    path = folder / file
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**values, **changes}))
+
+
+def _edit_vision(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    _edit(folder, vision_config={**values["vision_config"], **changes})
+
+
+def _as_integers(folder: Path) -> None:
+    weights = load_file(folder / SINGLE)
+    save_file({name: tensor.int() for name, tensor in weights.items()}, folder / SINGLE, metadata={"format": "pt"})
+
+
 def _shrink_vocabulary(folder: Path) -> None:
     weights = load_file(folder / SINGLE)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
@@ -352,6 +473,21 @@ def _shrink_vocabulary(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: _edit(folder, template="no-such"), "no-such"),
         (lambda folder: [(folder / f).unlink() for f in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+        (lambda folder: _edit(folder, select_layer="x"), "select_layer must be an integer, got 'x'"),
+        (lambda folder: _edit(folder, template=[]), "template must be a text or null"),
+        (lambda folder: _edit(folder, system_message=3), "system_message must be a text or null"),
+        (lambda folder: _edit(folder, dtype="int8", torch_dtype="int8"), "dtype is 'int8', not a floating"),
+        (lambda folder: _edit(folder, vision_config="x"), "config.json cannot be used .*: correct it"),
+        (lambda folder: _edit_vision(folder, num_attention_heads=0), "config.json cannot be used .ZeroDivisionError"),
+        (lambda folder: _edit_vision(folder, layer_norm_eps="x"), "config.json: vision_config.layer_norm_eps is 'x'"),
+        (lambda folder: _edit_vision(folder, hidden_act="no"), "config.json cannot be used .KeyError: 'no'"),
+        (lambda folder: _edit(folder, llm_config={"rope_theta": -1}), "llm_config.rope_parameters.rope_theta is -1"),
+        (_as_integers, r"79 tensors hold no floating-point numbers, such as .* \(int32\)"),
+        (lambda folder: _write(folder, "generation_config.json", eos_token_id=[None]), "eos_token_id is .None., not"),
+        (lambda folder: _write(folder, "generation_config.json", pad_token_id=-1), "pad_token_id is -1"),
+        (lambda folder: _write(folder, "tokenizer_config.json", added_tokens_decoder="x"), "the tokenizer of .* can"),
+        (lambda folder: _write(folder, "tokenizer_config.json", tokenizer_class=["x"]), "the tokenizer of .* cannot"),
+        (lambda folder: _write(folder, "tokenizer_config.json", model_max_length={}), "the tokenizer of .* cannot"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("to", ["original", "native"])

@@ -26,6 +26,7 @@ from internvl_hub.conversion.checks import AREAS, LEVELS, Subject
 from internvl_hub.conversion.checks_template import template_differences
 from internvl_hub.conversion.checks_tokenizer import check_tokenizer
 from internvl_hub.conversion.checks_weights import check_family
+from internvl_hub.conversion.convert import convert
 from internvl_hub.conversion.doctor import Diagnosis, Finding, inspect, run
 from internvl_hub.conversion.families import find
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
@@ -48,6 +49,7 @@ CHATML = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+SIZE = {"image_size": 56}  # of the tiles of the fixtures
 CLIP = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 56, "crop_size": 56, "do_center_crop": True}
 
 
@@ -391,6 +393,28 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str, str, list[str], str]] = {
     "a field of a wrong kind": (
         _config(vision_config__hidden_size="wide"), "format", "problem", ["config.json cannot be read"], "config.json",
     ),
+    "a norm's epsilon that is no number": (
+        _config(vision_config__layer_norm_eps="x"),
+        "format", "problem", ["config.json: vision_config.layer_norm_eps is 'x', not"], "set vision_config.layer_norm",
+    ),
+    "fewer positions than an image needs": (
+        _config(llm_config__max_position_embeddings=4),
+        "format", "problem", ["llm_config.max_position_embeddings is 4, but", "single tile are 4"], "trained with",
+    ),
+    "a negative rotary base": (
+        _config(llm_config__rope_theta=-1), "format", "problem", ["rope_parameters.rope_theta is -1, not a number"],
+        "trained with",
+    ),
+    "patches that make no whole tokens": (
+        _config(force_image_size=70), "format", "problem", ["tile of 70 pixels has 5x5 patches of 14"], "downsample",
+    ),
+    "a tile size of nothing": (
+        _config(force_image_size=0), "format", "note", ["force_image_size is 0, which counts as unset"], "null",
+    ),
+    "outputs as tuples": (
+        _config(vision_config__return_dict=0),
+        "format", "problem", ["vision_config.return_dict is 0, not true or false"], "set vision_config.return_dict",
+    ),
     # family
     "no version of the pixel shuffle": (
         _config(ps_version=None), "family", "note", ["config.json has no ps_version", "'v1'"], '"v2"',
@@ -402,6 +426,21 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str, str, list[str], str]] = {
     "single file and index": (_keep_single_too, "weights", "problem", [SINGLE, INDEX], "remove the stale one"),
     "no weights": (
         lambda folder: (folder / SINGLE).unlink(), "weights", "problem", ["has no weights", SINGLE], "fetch",
+    ),
+    "no tensor": (
+        lambda folder: retensor(folder, lambda tensors: {}), "weights", "problem", [f"{SINGLE}: no tensor"], "fetch",
+    ),
+    "an index of nothing": (
+        lambda folder: [(folder / SINGLE).unlink(), edit(folder, INDEX, weight_map={})],
+        "weights", "problem", ["no tensor at all"], "fetch",
+    ),
+    "integers": (
+        lambda folder: retensor(folder, lambda tensors: {n: t.int() for n, t in tensors.items()}),
+        "weights", "problem", [SINGLE, "79 tensors hold no floating-point numbers", "(int32)"], "fetch",
+    ),
+    "a boolean projector": (
+        lambda folder: retensor(folder, lambda tensors: {**tensors, "mlp1.1.bias": tensors["mlp1.1.bias"] > 0}),
+        "weights", "problem", ["1 tensors hold no floating-point numbers, such as mlp1.1.bias (bool)"], "fetch",
     ),
     "missing tensor": (
         lambda folder: retensor(folder, _without("mlp1.1.bias")),
@@ -475,6 +514,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str, str, list[str], str]] = {
     "other context id": (
         _config(img_context_token_id=12),
         "tokenizer", "problem", ["config.json: img_context_token_id is 12", "id 11 in tokenizer.json"], "to 11",
+    ),
+    "code that is no name": (
+        lambda folder: edit(folder, "tokenizer_config.json", auto_map=-1),
+        "tokenizer", "problem", ["tokenizer_config.json: auto_map is -1, not names of classes"], "correct",
     ),
     "colliding ids": (
         lambda folder: edit(folder, "added_tokens.json", **{"<img>": 30, "<new>": 10}),
@@ -558,14 +601,30 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str, str, list[str], str]] = {
         _processor(num_image_token=256), "processor", "problem", ["num_image_token is 256", "gives 4"], "--fix",
     ),
     "other template in the processor": (
-        _processor(template="phi3-chat"),
+        _processor(template="phi3-chat", image_processor=SIZE),
         "processor", "problem", ["template is 'phi3-chat'", "'internvl2_5'"], "--fix",
     ),
     "native video default": (
         lambda folder: edit(folder, "video_preprocessor_config.json", size={"height": 384, "width": 384}),
         "processor", "problem", ["video_preprocessor_config.json: size 384"], "--fix",
     ),
+    "a setting of a wrong kind": (
+        _processor(template="internvl2_5", image_processor={**SIZE, "exact": "x"}),
+        "processor", "problem", ["no processor can be made of it: exact is 'x', not true"], "--fix OUT writes",
+    ),
+    "no tile size": (
+        _processor(template="internvl2_5", image_processor={"exact": True, "size": None}),
+        "processor", "problem", ["no image_size, which then is 448, but config.json says 56"], "--fix OUT writes",
+    ),
     # generation
+    "a stop token that is no id": (
+        lambda folder: edit(folder, "generation_config.json", eos_token_id=["x"]),
+        "generation", "problem", ["generation_config.json: eos_token_id is ['x'], not an id"], "correct generation",
+    ),
+    "a padding token beyond the embeddings": (
+        lambda folder: edit(folder, "generation_config.json", eos_token_id=4, pad_token_id=420),
+        "generation", "problem", ["pad_token_id is 420, beyond the 420 embedding rows"], "correct generation",
+    ),
     "does not stop": (
         lambda folder: edit(folder, "generation_config.json", eos_token_id=[2]),
         "generation", "problem", ["generation_config.json: eos_token_id [2]", "<|im_end|> (4)"], "--fix",
@@ -1011,14 +1070,17 @@ def test_what_cannot_be_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "config.json").write_text("[" * 100_000, encoding="utf-8")
     for name, message in {
         "empty": "has no config.json",
         "run": f"look at {tmp_path / 'run' / 'checkpoint-5'}",
         "file": "is a file: give the folder",
         "broken": "is not valid JSON",
         "absent": "is no folder here",
+        "nested": "recursion",
     }.items():
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises((CheckpointError, RecursionError), match=message):
             inspect(tmp_path / name)
         assert run(tmp_path / name) == 2
         captured = capsys.readouterr()
@@ -1053,6 +1115,85 @@ def test_fix_writes_a_copy_without_problems(tmp_path: Path, capsys: pytest.Captu
     assert {f["area"] for f in values["fixed"]["findings"] if f["level"] == "note"} == {"family"}
     assert run(folder, fix=tmp_path / "fixed") == 1  # taken now
     assert "fixed" in capsys.readouterr().err
+
+
+def test_fix_keeps_what_only_the_processor_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tile limits are the configuration's, so --fix overrules them; the rest of a saved processor stays."""
+    folder = copy(tmp_path / "a")
+    own = {
+        **SIZE,
+        "no_upscale": True,
+        "max_total_patches": 7,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    edit(folder, "processor_config.json", template="internvl2_5", image_processor={**own, "max_dynamic_patch": 3})
+    assert [f.area for f in found(folder, level="problem")] == ["processor"]
+    assert run(folder, fix=tmp_path / "fixed") == 0
+    assert "processor: max_dynamic_patch 3 becomes 12, as config.json says" in capsys.readouterr().out
+    image = json.loads((tmp_path / "fixed" / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+    assert {name: image[name] for name in own} == own
+    assert image["max_dynamic_patch"] == 12
+
+
+@pytest.mark.parametrize(
+    ("own", "shown"),
+    [
+        ({"no_upscale": True, "exact": False, "max_total_patches": 7}, "no_upscale True, max_total_patches 7, exact"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "image_mean [0.5, 0.5, 0.5], image_std [0.5, 0.5, 0.5], "),
+    ],
+    ids=["tiles", "normalisation"],
+)
+def test_settings_of_its_own_are_shown(own: dict[str, Any], shown: str, tmp_path: Path) -> None:
+    folder = copy(tmp_path / "a")
+    edit(folder, "processor_config.json", template="internvl2_5", image_processor={**SIZE, **own})
+    note, ok = found(folder, area="processor")
+    assert (note.level, ok.level) == ("note", "ok")
+    assert note.message.startswith(f"processor_config.json: {shown}") and "unlike every release" in note.message
+    assert "--fix OUT keeps it" in note.fix
+
+
+def test_a_dtype_without_fractions(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "a")
+    edit(folder, "config.json", dtype="int8", torch_dtype="int8")
+    (finding,) = found(folder, level="problem")
+    assert (finding.area, finding.fix) == ("format", "set dtype to what the model was trained with")
+    assert finding.message == "config.json: dtype is 'int8', not a floating-point type"
+
+
+def test_a_normalisation_unlike_the_saved_processors(tmp_path: Path) -> None:
+    """Programs read one file or the other: the two must not normalise differently."""
+    folder = copy(tmp_path / "a")
+    edit(folder, "processor_config.json", template="internvl2_5", image_processor={**SIZE, "image_mean": [0.5] * 3})
+    edit(folder, "preprocessor_config.json", image_mean=[0.485, 0.456, 0.406])
+    (finding,) = found(folder, level="problem")
+    assert "preprocessor_config.json: image_mean is [0.485, 0.456, 0.406], but the processor of" in finding.message
+
+
+def test_settings_that_the_native_processor_does_not_apply(tmp_path: Path) -> None:
+    folder = native_folder(tmp_path / "native")
+    image = {"image_processor_type": "GotOcr2ImageProcessor", "image_size": 56, "no_upscale": True}
+    edit(folder, "processor_config.json", image_seq_length=4, image_processor=image)
+    (note,) = [f for f in found(folder, area="processor") if f.level == "note"]
+    assert "unlike every release; transformers' own processor does not apply no_upscale" in note.message
+
+
+def test_the_native_layout_as_convert_writes_it_is_healthy(tmp_path: Path) -> None:
+    """The tiny checkpoint has a row for each token but for the native video placeholder, which no model reads."""
+    convert(TINY, tmp_path / "native", "native", progress=False)
+    tokenizer = json.loads((tmp_path / "native" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["extra_special_tokens"]["video_token"] == "<video>"
+    assert inspect(tmp_path / "native").healthy
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, RecursionError, AssertionError])
+def test_a_check_that_fails_is_a_finding(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(subject: Subject) -> Any:
+        raise error("no reason")
+
+    monkeypatch.setitem(doctor._CHECKS, "processor", fail)
+    (finding,) = found(CHAT / QWEN2, level="problem")
+    assert (finding.area, finding.message) == ("processor", f"cannot be checked: {error.__name__}: no reason")
 
 
 def test_golden_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

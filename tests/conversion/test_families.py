@@ -515,6 +515,28 @@ def test_description_of_special_tokens() -> None:
     assert "not known: <img>, </img>, <IMG_CONTEXT>" in describe(find("InternVL3-9B"))
 
 
+_UNUSABLE = [
+    {"llm_config": "x"},
+    {"vision_config": "x"},
+    {"vision_config": {"hidden_size": "x"}},
+    {"vision_config": {"num_attention_heads": 0}},
+    {"llm_config": {"hidden_act": "no_such"}},
+    {"llm_config": {"rope_scaling": {"rope_type": "no_such"}}},
+    {"dtype": "float33"},
+    {"max_dynamic_patch": [], "dynamic_image_size": True},
+]
+
+
+@pytest.mark.parametrize("change", _UNUSABLE, ids=[json.dumps(change) for change in _UNUSABLE])
+def test_a_configuration_that_cannot_be_described_is_one_line(change: dict[str, Any]) -> None:
+    values = chat_config("qwen2").to_dict()
+    for name, value in change.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=r".") as caught:
+        describe(values)
+    assert "\n" not in str(caught.value).strip()
+
+
 def test_table_of_all_has_one_aligned_row_each() -> None:
     head, *rows = describe_all().splitlines()
     assert [row.split()[0] for row in rows] == _NAMES

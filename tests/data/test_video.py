@@ -345,15 +345,63 @@ def test_damage_in_the_middle_is_an_error_for_its_frame_only(tmp_path: Path) -> 
     assert [shown(picture) for picture in read_frames(path, [19, 21, 39]).frames] == [19, 21, 39]
 
 
-def test_matroska_that_ends_early_has_fewer_frames(tmp_path: Path) -> None:
-    path = write_film(tmp_path / "a.mkv", gop=1, options=X264)
+def cut_at(path: Path, frame: int) -> Path:
+    """A film without its frames from `frame` on, as far as the file goes."""
     with av.open(str(path)) as film:
-        position = [packet.pos for packet in film.demux(video=0) if packet.size][25]
+        position = [packet.pos for packet in film.demux(video=0) if packet.size][frame]
     path.write_bytes(path.read_bytes()[:position])
-    frames = probe_video(path).frames
-    assert 24 <= frames <= 25
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mkv variable", "webm vp8", "avi", "flv"])
+def test_a_film_much_shorter_than_its_header_says_is_refused(kind: str, tmp_path: Path) -> None:
+    path = cut_at(FILMS[kind](tmp_path), 25)
+    for call in (lambda: probe_video(path), lambda: read_frames(path, [0])):
+        with pytest.raises(VideoLoadError, match=r"truncated: it ends after \d\.\d s of the \d\.\d s that its header"):
+            call()
+
+
+def test_a_film_a_little_shorter_than_its_header_says_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [100 * k for k in range(200)]  # 20 seconds
+    pictures = [grey(k % FRAMES) for k in range(200)]
+    path = cut_at(write_film(tmp_path / "a.mkv", times=times, pictures=pictures, gop=1, options=X264), 193)
+    with caplog.at_level(logging.WARNING):
+        frames = probe_video(path).frames
+    assert 192 <= frames <= 193
+    assert f"ends after {(frames - 1) / 10:.1f} s of the 19.9 s that its header states" in caplog.text
     result = read_frames(path, range(frames))
-    assert [shown(picture) for picture in result.frames] == list(range(frames))
+    assert [shown(picture) for picture in result.frames] == [k % FRAMES for k in range(frames)]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
+def test_sound_may_go_on_after_the_pictures(whole: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        stream, sound = output.add_stream("libx264", rate=25), output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for k in range(250):  # 10 seconds of sound, 1.6 of pictures
+            if k < FRAMES:
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(grey(k), "rgb24")))
+            silent = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), layout="mono")
+            silent.sample_rate, silent.pts = 8000, 320 * k
+            output.mux(sound.encode(silent))
+        output.mux(stream.encode(None))
+    if whole:
+        assert [shown(picture) for picture in read_frames(path, [0, FRAMES - 1]).frames] == [0, FRAMES - 1]
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+        with pytest.raises(VideoLoadError, match="truncated: it ends after 7"):
+            probe_video(path)
+
+
+def test_a_film_without_the_end_of_its_index_is_refused(tmp_path: Path) -> None:
+    path = FILMS["mp4 mpeg4"](tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"stsd") - 40])
+    with pytest.raises(VideoLoadError, match="codec is damaged or unknown|not a film"):
+        probe_video(path)
 
 
 def silence(path: Path) -> Path:

@@ -14,6 +14,8 @@ from internvl_hub.evaluation.questions import Question
 from internvl_hub.evaluation.report import build_report
 from internvl_hub.evaluation.totals import TOTALS
 from internvl_hub.publishing import cards, evaluations, run_facts
+from internvl_hub.publishing.command import _check_evaluations
+from internvl_hub.training.recipes import dump_recipe, load_recipe
 from internvl_hub.upload_to_hub import LayoutError, gather
 
 TASK = "image-text-to-text"
@@ -90,6 +92,89 @@ def test_local_bases_are_no_hub_names(tmp_path: Path) -> None:
     assert facts is not None and facts.bases == ["Qwen/Qwen3-0.6B"] and "alice" not in str(facts)
 
 
+def test_folders_that_look_like_hub_names_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of recipes from before they were marked: from wherever the run is published."""
+    (tmp_path / "runs" / "stage1").mkdir(parents=True)
+    recipe = yaml.safe_dump({"model": {"model_name_or_path": "runs/stage1"}})
+    run = write(tmp_path / "runs" / "stage2", {"recipe.yaml": recipe})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    facts = run_facts.read_run(run)
+    assert facts is not None and facts.bases == [] and "Began" not in facts.summary
+
+
+def test_recipes_mark_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody takes them for Hub names once they are gone."""
+    (tmp_path / "runs" / "vit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"own.yaml": "model: {vision_path: runs/vit, llm_path: Qwen/Qwen3-0.6B, mlp_path: ../x.pt}"})
+    text = dump_recipe(load_recipe("own.yaml"))
+    assert load_recipe(write(tmp_path, {"again.yaml": text}) / "again.yaml").model.vision_path == "runs/vit"
+    (tmp_path / "runs" / "vit").rmdir()
+    facts = run_facts.read_run(write(tmp_path / "moved", {"recipe.yaml": text}))
+    assert facts is not None and facts.bases == ["Qwen/Qwen3-0.6B"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/John Smith/secret project/run 1", "run 1"),
+        (r"C:\Users\alice\secret dir\x.json", "x.json"),
+        (r"\\server\alice\x.json", "x.json"),
+        (r"%USERPROFILE%\alice\x", "x"),
+        ("configs/alice/zero3.json", "zero3.json"),
+        ("$HOME/alice/x", "x"),
+        ("~alice/x", "x"),
+        ("file:///home/alice/x", "x"),
+        (["/home/John Smith/a", {"key": "/home/John Smith/b"}], "a, {key: b}"),
+        ("torch in /home/alice/env/bin, key=/home/alice/y", "torch in bin, key=y"),
+        ("https://huggingface.co/org/data/resolve/main/x.json", "https://huggingface.co/org/data/resolve/main/x.json"),
+        ("see https://a.org/b/c/d", "see https://a.org/b/c/d"),
+        ("OpenGVLab/InternVL3-1B", "OpenGVLab/InternVL3-1B"),
+        ("and/or, 4 / 5", "and/or, 4 / 5"),
+        ("a </s> b", "a &lt;/s> b"),
+    ],
+    ids=range(15),
+)
+def test_of_paths_the_last_part_is_shown(value: Any, shown: str) -> None:
+    assert run_facts.clean(value) == shown
+
+
+def test_paths_with_spaces_in_tables_of_a_report(run: Path) -> None:
+    write(run, {"report.md": "## Data\n\n| data set | n |\n|---|---:|\n| /home/John Smith/a b.jsonl | 1 |\n"})
+    facts = run_facts.read_run(run)
+    assert facts is not None and dict(facts.tables)["Data"].splitlines()[1:] == ["|---|---:|", "| a b.jsonl | 1 |"]
+
+
+def test_credentials_of_a_recipe_are_no_settings(tmp_path: Path) -> None:
+    recipe = {1: 2, "training": {3: 4, "hub_token": "x", "WANDB_API_KEY": "x", "max_packed_tokens": 8}}
+    facts = run_facts.read_run(write(tmp_path, {"recipe.yaml": yaml.safe_dump(recipe, sort_keys=False)}))
+    assert facts is not None
+    assert dict(facts.tables)["Settings"].splitlines()[2:] == [
+        "| 1 | 2 |", "| training.3 | 4 |", "| training.max_packed_tokens | 8 |"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("null", "holds a NoneType"), ("[]", "holds a list"), ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"global_step": null}', "global_step must be"), ('{"global_step": "x"}', "global_step must be"),
+        ('{"log_history": null}', "log_history must be"), ('{"log_history": ["loss"]}', "log_history must be"),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_broken_states(run: Path, state: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_facts.read_run(write(run, {"trainer_state.json": state}))
+
+
+def test_recipe_that_holds_itself(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it holds itself"):
+        run_facts.read_run(write(tmp_path, {"recipe.yaml": "&a {model: *a}"}))
+
+
 def test_folder_of_no_run(tmp_path: Path) -> None:
     assert run_facts.read_run(tmp_path) is None
     assert "## Training" not in _card(tmp_path, tmp_path).content
@@ -125,6 +210,25 @@ def test_reports_that_say_too_little(tmp_path: Path, changes: dict, message: str
         evaluations.read_report(_report(tmp_path, **changes) if "preset" not in changes else _bare(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("settings", "x"), ("preset", {"title": None, "name": "n"}), ("preset", {"title": "t", "name": ["n"]}),
+        ("metric", {}), ("unit", ["x"]), ("error", "x"), ("questions", {"scored": "3", "missing": 0}),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_reports_of_wrong_types(tmp_path: Path, name: str, value: Any) -> None:
+    path = _report(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match="is no report.json"):
+        evaluations.read_report(path)
+
+
+def test_report_without_settings_passes_the_comparison_of_weights(tmp_path: Path, checkpoint: Path) -> None:
+    _check_evaluations(checkpoint, [str(_report(tmp_path, settings=None))])
+
+
 def _bare(folder: Path) -> Path:
     return write(folder, {"report.json": '{"score": 1, "preset": {}}'}) / "report.json"
 
@@ -150,6 +254,25 @@ def test_own_card_keeps_its_text(tmp_path: Path, run: Path) -> None:
     assert card.text.strip() == "# Mine\n\nText." and card.data.eval_results[0].metric_value == 87.5
     card = _card(tmp_path, run, evaluations=[_report(tmp_path / "a", score=0.9)])
     assert [each.metric_value for each in card.data.eval_results] == [90.0]
+
+
+def test_own_card_with_a_byte_order_mark(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n")
+    card = _card(tmp_path, run, base_model="a/b")
+    assert (card.data.license, card.data.base_model, card.text.strip()) == ("mit", "a/b", "# Mine")
+
+
+def test_scores_are_written_into_the_table_of_a_card_and_nowhere_else(tmp_path: Path, run: Path) -> None:
+    _card(tmp_path, run, evaluations=[_report(tmp_path / "a"), _report(tmp_path / "b", "mme", 2100.5)])
+    before = (tmp_path / "README.md").read_text() + "\n| DocVQA | anls, mean score | mine | | |\n"
+    (tmp_path / "README.md").write_text(before)
+    card = _card(
+        tmp_path, run, evaluations=[_report(tmp_path / "a", score=0.9), _report(tmp_path / "c", "chartqa", 0.25)]
+    )
+    chart = find_preset("chartqa")
+    assert "87.50" not in card.text and "| DocVQA | anls, mean score | mine | | |" in card.text
+    rows = [line.split(" | ")[0] for line in card.text.splitlines() if line.endswith("| 10 |")]
+    assert rows == ["| DocVQA", f"| {find_preset('mme').title}", f"| {chart.title}"] and "| 90.00 % |" in card.text
 
 
 def test_gathering_describes_the_run(checkpoint: Path, code_root: Path, run: Path, tmp_path: Path) -> None:

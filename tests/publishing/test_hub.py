@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from hub_server import Blob, HubServer
-from huggingface_hub import HfApi
-from publishing_fakes import CODE, DATA, TOKEN, write
+from huggingface_hub import HfApi, ModelCard
+from publishing_fakes import CODE, DATA, TOKEN, weights, write
 
 from internvl_hub.publishing.hub import ConflictError, UploadError
 from internvl_hub.upload_to_hub import push
@@ -65,7 +65,12 @@ def test_public_repository_stays_public_and_this_is_said(
 
 def test_same_again_commits_nothing(hub: HubServer, upload: Any) -> None:
     first = upload()
-    assert upload().commit == first.commit and hub.uploads == {WEIGHTS: 1} and len(_shas(hub)) == 2
+    again = upload()
+    assert first.changed and first.summary == f"committed: {first.url}"
+    assert not again.changed and again.summary.startswith(
+        f"nothing to commit: all of it is there already, at {hub.endpoint}"
+    )
+    assert again.commit == first.commit and hub.uploads == {WEIGHTS: 1} and len(_shas(hub)) == 2
 
 
 def test_dry_run_sends_nothing(
@@ -89,8 +94,8 @@ def test_cut_connection_is_tried_again(hub: HubServer, upload: Any) -> None:
 
 def test_broken_upload_shows_nothing_and_goes_on(hub: HubServer, upload: Any, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    shards = {f"model-0000{i}-of-00002.safetensors": f"shard {i} " * 300 for i in (1, 2)}
-    index = json.dumps({"weight_map": {name: name for name in shards}})
+    shards = {f"model-0000{i}-of-00002.safetensors": weights(f"shard {i} " * 300, str(i)) for i in (1, 2)}
+    index = json.dumps({"weight_map": dict(zip("12", shards, strict=True))})
     write(checkpoint, {**shards, "model.safetensors.index.json": index})
     first = hashlib.sha256(shards["model-00001-of-00002.safetensors"].encode()).hexdigest()
     hub.objects[first] = shards["model-00001-of-00002.safetensors"].encode()  # arrived before the line broke
@@ -127,6 +132,59 @@ def test_killed_upload_goes_on(hub: HubServer, checkpoint: Path, code_root: Path
     assert set(hub.files("user/name")) == PUBLISHED and len(_shas(hub)) == 2
 
 
+def test_lost_answer_to_a_commit(hub: HubServer, upload: Any) -> None:
+    hub.lost = {"commit"}
+    with pytest.raises(
+        UploadError, match="The main branch has moved to [0-9a-f]{12}, so the commit is probably there"
+    ):
+        upload()
+    assert set(hub.files("user/name")) == PUBLISHED
+    assert not upload().changed and len(_shas(hub)) == 2
+
+
+def test_lost_answer_to_a_pull_request(hub: HubServer, upload: Any) -> None:
+    hub.lost = {"commit"}
+    with pytest.raises(UploadError, match="A pull request may be open: look at http://.*/user/name/discussions"):
+        upload(create_pr=True)
+
+
+def test_server_that_is_gone_after_the_commit(hub: HubServer, upload: Any) -> None:
+    hub.before_commit = lambda: setattr(hub, "down", True)
+    with pytest.raises(UploadError, match="Whether the commit is there could not be found out"):
+        upload()
+
+
+def test_connection_that_breaks_before_the_commit_arrives(
+    hub: HubServer, upload: Any, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("the line is cut")
+
+    monkeypatch.setattr(api, "create_commit", refuse)
+    with pytest.raises(UploadError, match="Nothing of it is visible"):
+        upload()
+    assert set(hub.files("user/name")) == {".gitattributes"}
+
+
+def test_tag_that_fails_after_the_commit(
+    hub: HubServer, upload: Any, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("the line is cut")
+
+    with monkeypatch.context() as patch, pytest.raises(UploadError, match="complete, but the tag 'v1' could not be"):
+        patch.setattr(api, "create_tag", refuse)
+        upload(tag="v1")
+    assert set(hub.files("user/name")) == PUBLISHED
+    done = upload(tag="v1")
+    assert hub.repositories["user/name"].refs["v1"] == done.commit and len(_shas(hub)) == 2
+
+
+def test_lost_answer_to_a_tag_is_no_failure(hub: HubServer, upload: Any) -> None:
+    hub.lost = {"tag"}
+    assert upload(tag="v1").commit == hub.repositories["user/name"].refs["v1"]
+
+
 # Conflicts
 
 
@@ -159,7 +217,7 @@ def test_given_parent_must_be_the_head(hub: HubServer, upload: Any) -> None:
 def test_existing_tag_is_refused_before_anything_is_sent(hub: HubServer, upload: Any, checkpoint: Path) -> None:
     upload(tag="v1")
     hub.requests.clear()
-    (checkpoint / "model.safetensors").write_text("other")
+    (checkpoint / "model.safetensors").write_text(weights("other"))
     with pytest.raises(ConflictError, match="already has a tag 'v1'"):
         upload(tag="v1")
     assert not any("preupload" in path for _, path in hub.requests)
@@ -170,13 +228,29 @@ def test_existing_tag_is_refused_before_anything_is_sent(hub: HubServer, upload:
 
 def test_pull_request_leaves_the_branch_alone(hub: HubServer, upload: Any, checkpoint: Path) -> None:
     before = upload().commit
-    (checkpoint / "model.safetensors").write_text("better")
+    (checkpoint / "model.safetensors").write_text(weights("better"))
     done = upload(create_pr=True)
     assert hub.repositories["user/name"].refs["main"] == before
     assert done.pull_request == f"{hub.endpoint}/user/name/discussions/1"
-    assert hub.files("user/name", "refs/pr/1")["model.safetensors"] == b"better"
+    assert hub.files("user/name", "refs/pr/1")["model.safetensors"].endswith(b"better")
     with pytest.raises(ValueError, match="exclude one another"):
         upload(create_pr=True, tag="v1")
+
+
+def test_pull_request_of_nothing_is_none(hub: HubServer, upload: Any) -> None:
+    upload()
+    done = upload(create_pr=True)
+    assert done.summary.startswith("nothing to commit") and done.pull_request is None
+    assert set(hub.repositories["user/name"].refs) == {"main"}
+
+
+def test_former_adapter_goes(hub: HubServer, upload: Any, api: HfApi) -> None:
+    """Transformers would load the adapter's base model instead of the weights."""
+    api.create_repo("user/name")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id="user/name")
+    assert upload().deleted == ("adapter_config.json", "adapter_model.safetensors")
+    assert set(hub.files("user/name")) == PUBLISHED
 
 
 def test_branch_and_tag(hub: HubServer, upload: Any) -> None:
@@ -203,10 +277,32 @@ def test_what_this_checkpoint_lacks_goes_with_the_same_commit(hub: HubServer, up
 def test_repository_keeps_its_card_unless_told(hub: HubServer, upload: Any) -> None:
     upload()
     first = hub.files("user/name")["README.md"]
-    assert Path("README.md") not in upload(license="mit").files
+    assert Path("README.md") not in upload(commit_message="other").files
     assert hub.files("user/name")["README.md"] == first
     upload(license="mit", replace_card=True)
     assert b"license: mit" in hub.files("user/name")["README.md"]
+
+
+def _report(folder: Path, score: float) -> Path:
+    questions = {"missing": 0, "scored": 10}
+    content = {"preset": {"title": "DocVQA", "name": "docvqa"}, "score": score, "questions": questions}
+    return (
+        write(folder, {"report.json": json.dumps({**content, "metric": "anls", "unit": "mean score"})}) / "report.json"
+    )
+
+
+def test_card_on_the_hub_gets_the_metadata_of_a_later_push(
+    hub: HubServer, upload: Any, api: HfApi, tmp_path: Path
+) -> None:
+    upload(evaluations=[_report(tmp_path, 0.5)])
+    edited = hub.files("user/name")["README.md"].decode() + "\nAn edit on the Hub.\n"
+    api.upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="user/name")
+    upload(evaluations=[_report(tmp_path, 0.9)], license="mit", base_model="a/b")
+    card = ModelCard(hub.files("user/name")["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("mit", "a/b")
+    assert [result.metric_value for result in card.data.eval_results] == [90.0]
+    rows = [line for line in card.text.splitlines() if line.startswith("| DocVQA")]
+    assert rows == ["| DocVQA | anls, mean score | 90.00 % |  | 10 |"] and "An edit on the Hub." in card.text
 
 
 # What is refused

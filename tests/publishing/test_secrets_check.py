@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from publishing_fakes import write
 
 from internvl_hub.publishing.secrets_check import SecretError, refuse_secrets
-from internvl_hub.upload_to_hub import gather, push
+from internvl_hub.upload_to_hub import VOCABULARIES, gather, push
 
 ROOT = Path(__file__).resolve().parents[2]
 # Put together here, so that no scanner takes this file for a leak.
@@ -22,6 +22,11 @@ SECRETS = {
     "openai": ("sk-proj-" + TAIL, "API key"),
     "slack": ("xoxb-" + "123456789-abcdefghi", "Slack token"),
     "address": ("https://me:" + "pa55w0rd@example.org/x", "password in an address"),
+    "gitlab": ("glpat-" + TAIL[:20], "GitLab token"),
+    "shell": ("export WANDB_" + "API_KEY=" + "0123456789abcdef" * 2 + "01234567", "credential"),
+    "yaml": ("api_" + "key: " + "0123456789abcdef" * 2, "credential"),
+    "ini": ("aws_secret_" + "access_key = " + "wJalrXUtnFEMI/K7MDENG/" + TAIL[:18], "credential"),
+    "password": ("pass" + "word: " + "hunter2-Xy9-qqqqq", "credential"),
     "setting": ('"api_key": ' + '"' + TAIL + '"', "credential"),
 }
 
@@ -37,10 +42,46 @@ def test_found_and_not_shown(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "https://huggingface.co/user/name@v1", "risk-" + "a" * 40, "hf_hub_x"],
+    [
+        "hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+        "https://huggingface.co/user/name@v1",
+        "risk-" + "a" * 40,
+        "hf_hub_x",
+        "num_tokens: 123456789012",
+        '"Ġpassword": 3588, "password=": 123456789012',
+        "password: str = ...",
+        "api_key=None",
+        "api_key = os.environ_2['A_LONG_NAME_1']",
+        "api_key=read_the_key_2_of_it(3)",
+        "access_token=token_of_the_user_3",
+        "password: the_password_that_you_chose",
+        "api_key: xxxxxxxxxxxxxxxxxxxxxxxx1",
+    ],
+    ids=range(13),
 )
 def test_placeholders_and_plain_text_pass(tmp_path: Path, text: str) -> None:
     refuse_secrets([write(tmp_path, {"README.md": text}) / "README.md"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_found_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "README.md").write_text(f"one\ntwo {SECRETS['hub'][0]}\n", encoding=encoding)
+    with pytest.raises(SecretError, match="README.md, line 2, holds a Hugging Face token"):
+        refuse_secrets([tmp_path / "README.md"])
+
+
+def test_vocabularies_pass(tmp_path: Path) -> None:
+    files = [path for path in (ROOT / "tests" / "fixtures").rglob("*") if path.name in VOCABULARIES]
+    assert len(files) > 3
+    refuse_secrets(files)
+
+
+def test_recipe_is_named_where_the_card_is_made_of_it(checkpoint: Path, code_root: Path) -> None:
+    write(checkpoint, {"recipe.yaml": f"training:\n  hub_token: {SECRETS['hub'][0]}\n"})
+    with pytest.raises(SecretError, match="recipe.yaml, line 2, holds a Hugging Face token"):
+        push(checkpoint, "user/name", code_root=code_root, dry_run=True)
+    write(checkpoint, {"README.md": "mine"})
+    push(checkpoint, "user/name", code_root=code_root, dry_run=True)
 
 
 def test_header_of_weights_is_read_and_not_the_weights(tmp_path: Path) -> None:

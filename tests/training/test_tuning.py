@@ -501,7 +501,13 @@ def test_merged_folder_keeps_what_was_changed_for_training(tmp_path: Path) -> No
     wrapped = model.get_base_model().extract_feature(pixels)
     model.save_pretrained(tmp_path / "adapter")
     model.config.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "recipe.yaml").write_text("model: {model_name_or_path: maker/base}\n", encoding="utf-8")
+    (tmp_path / "adapter" / "trainer_state.json").write_text('{"global_step": 12345}', encoding="utf-8")
+    with pytest.raises(OSError, match="holds adapters, not a model: `internvl merge"):
+        InternVLChatModel.from_pretrained(tmp_path / "adapter")
     merge_adapter_folder(tmp_path / "adapter", tmp_path / "merged", progress=False)
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: maker/base" in card and "12,345 steps" in card
     merged = InternVLChatModel.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged.extract_feature(pixels), wrapped, rtol=1e-4, atol=1e-4)
     assert merged.template == "Hermes-2" and merged.config.vision_config.image_size == 112
