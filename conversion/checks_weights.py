@@ -6,14 +6,14 @@ Everything follows from `config.json`, the table of releases and the headers of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..modeling_intern_vit import InternVisionModel
 from ..weights_internvl import holds_lora
 from .checks import CONFIG, Finding, Subject, note, problem, split_fix
-from .expected import KeyReport, compare, compare_shapes, not_numbers
+from .expected import KeyReport, compare, compare_shapes, not_numbers, quantization_of, without_quantized
 from .families import Release, differences
 from .source import EMBEDDINGS
 
@@ -144,6 +144,9 @@ def _bytes(number: int) -> str:
 def _keys(subject: Subject) -> Iterator[Finding]:
     """Names and shapes against the configuration; vocabulary and head get sentences of their own."""
     report = _report(subject)
+    if method := quantization_of(subject.values):
+        report, layers = without_quantized(report, subject.tensors)
+        yield from _quantized(layers, method)
     explained: set[str] = set()
     for finding, told in (*_vocabulary(subject), *_head(subject, report)):
         explained |= told
@@ -160,6 +163,16 @@ def _keys(subject: Subject) -> Iterator[Finding]:
     if report.dead:
         message = f"{_files(subject)}: {len(report.dead)} buffers that nothing reads, such as {report.dead[0]}"
         yield note("weights", message, "harmless; leave them")
+
+
+def _quantized(layers: Sequence[str], method: str) -> Iterator[Finding]:
+    seeing = [layer for layer in layers if not layer.startswith(("language_model.", "model.language_model."))]
+    message = f"{len(layers)} layers are quantized ({method}); what is inside them was not looked at"
+    if not seeing:
+        yield Finding("weights", "ok", message)
+        return
+    fix = "such checkpoints often talk nonsense about images: quantize again, without encoder, projector and head"
+    yield note("weights", f"{message}; {len(seeing)} see or project images, such as {seeing[0]}", fix)
 
 
 def _report(subject: Subject) -> KeyReport:
@@ -218,8 +231,9 @@ def _dtypes(subject: Subject) -> Iterator[Finding]:
     if wrong := not_numbers(subject.tensors, subject.values):
         yield problem("weights", f"{_files(subject)}: {wrong}", "fetch the checkpoint again")
     bytes_of: Counter[str] = Counter()
+    small = 2 if quantization_of(subject.values) else 0  # bytes; 8-bit floats are then as they should be
     for tensor in subject.weights.tensors.values():
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= small:
             bytes_of[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     said = subject.values.get("dtype") or subject.values.get("torch_dtype")
     shown = ", ".join(f"{_bytes(number)} of {name}" for name, number in bytes_of.most_common())

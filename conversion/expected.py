@@ -86,6 +86,43 @@ def compare(tensors: Mapping[str, LazyTensor], config: InternVLChatConfig, nativ
     return compare_shapes(tensors, *expected_shapes(config, native))
 
 
+def quantization_of(values: Mapping[str, Any]) -> str:
+    """The method of the `quantization_config` that a `config.json` declares, or ""."""
+    for part in (values, *(values.get(name) for name in ("llm_config", "text_config"))):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings:
+            return str(settings.get("quant_method", "")) or "unnamed" if isinstance(settings, Mapping) else "unnamed"
+    return ""
+
+
+def without_quantized(report: KeyReport, tensors: Mapping[str, LazyTensor]) -> tuple[KeyReport, list[str]]:
+    """A report without what quantized layers explain, and the names of these layers.
+
+    A layer is quantized if it has tensors of its own beside the weight (scales, packed weights): what they are called
+    and shaped is the method's affair.
+
+    Args:
+        report: Of `compare` or `compare_shapes`.
+        tensors: That were compared.
+    """
+    weights = {name.removesuffix(".weight") for name in (*tensors, *report.missing) if name.endswith(".weight")}
+    found = {name: layer for name in report.unexpected for layer in _above(name) if layer in weights}
+    layers = sorted(set(found.values()))
+    explained = {f"{layer}.weight" for layer in layers}
+    kept = KeyReport(
+        missing=[name for name in report.missing if name not in explained],
+        unexpected=[name for name in report.unexpected if name not in found],
+        misshapen=[item for item in report.misshapen if item[0] not in explained],
+        dead=report.dead,
+    )
+    return kept, layers
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def not_numbers(tensors: Mapping[str, LazyTensor], values: Mapping[str, Any]) -> str:
     """A sentence about weights that are integers or booleans though `config.json` declares no quantization, or "".
 
@@ -93,8 +130,7 @@ def not_numbers(tensors: Mapping[str, LazyTensor], values: Mapping[str, Any]) ->
         tensors: Of a checkpoint.
         values: Its `config.json`.
     """
-    parts = (values, *(values.get(name) for name in ("llm_config", "text_config")))
-    if any(isinstance(part, Mapping) and part.get("quantization_config") for part in parts):
+    if quantization_of(values):
         return ""
     wrong = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.dtype.is_floating_point}
     names = [name for name in wrong if not name.endswith(_DEAD_SUFFIXES)]

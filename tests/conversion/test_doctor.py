@@ -1214,3 +1214,41 @@ def test_documented_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for block in blocks:
         exec(compile(block, "docs/doctor.md", "exec"), {})
     assert all(f"| {area} | " in text for area in AREAS)
+
+
+# ----------------------------------------------------------------------------------------------------------- quantized
+
+UP = "language_model.model.layers.0.mlp.up_proj"
+
+
+def _packed(layer: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """A layer as AWQ stores it: other names and shapes instead of the weight."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows, columns = tensors.pop(f"{layer}.weight").shape
+        tensors[f"{layer}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
+        tensors[f"{layer}.qzeros"] = torch.zeros(1, rows // 8, dtype=torch.int32)
+        return tensors | {f"{layer}.scales": torch.ones(1, rows, dtype=torch.float32)}
+
+    return change
+
+
+def test_quantized_layers_are_their_methods_affair(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "model")
+    retensor(folder, _packed(UP))
+    assert {finding.level for finding in inspect(folder).findings if finding.area == "weights"} == {"problem"}
+    edit(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    found = [finding for finding in inspect(folder).findings if finding.area == "weights"]
+    assert [finding.level for finding in found] == ["ok", "ok"]
+    assert "1 layers are quantized (awq)" in found[0].message
+    retensor(folder, _without("language_model.model.layers.0.mlp.down_proj.weight"))
+    found = [finding for finding in inspect(folder).findings if finding.area == "weights"]
+    assert ["1 tensors are missing" in finding.message for finding in found if finding.level == "problem"] == [True]
+
+
+def test_a_quantized_encoder_is_worth_a_note(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "model")
+    retensor(folder, _packed("vision_model.encoder.layers.0.mlp.fc1"))
+    edit(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    (found,) = [each for each in inspect(folder).findings if each.area == "weights" and each.level == "note"]
+    assert "1 see or project images, such as vision_model.encoder.layers.0.mlp.fc1" in found.message

@@ -25,6 +25,7 @@ from transformers import BitsAndBytesConfig, InternVLForConditionalGeneration, P
 
 from internvl_hub import modeling_internvl_chat
 from internvl_hub.conversion.convert import convert
+from internvl_hub.conversion.doctor import inspect
 from internvl_hub.examples.internvl_tiny import evaluate
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
 from internvl_hub.quantization_internvl import KEPT_MODULES, misread_layers, refuse_repacked
@@ -194,6 +195,8 @@ def test_saved_model_comes_back_to_the_bit(method: str, folder: Path, asked: dic
     field = "modules_to_not_convert" if method.startswith("torchao") else "llm_int8_skip_modules"
     assert says[field] == list(KEPT_MODULES)
     assert torch.equal(_logits(InternVLChatModel.from_pretrained(saved).eval(), asked), expected)
+    found = [(finding.level, finding.message) for finding in inspect(saved).findings if finding.area == "weights"]
+    assert {level for level, _ in found} == {"ok"} and "layers are quantized" in found[0][1]
 
 
 def test_saved_models_load_as_remote_code(folder: Path, asked: dict, tmp_path: Path) -> None:
