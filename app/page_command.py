@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +98,17 @@ def serve(checkpoint: str, examples: Path | None, options: argparse.Namespace) -
     uploads = tempfile.mkdtemp(prefix="internvl_page_")  # readable by this user alone
     os.environ["GRADIO_TEMP_DIR"] = uploads
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # `docker stop`; Python would end without deleting the uploads
     try:
         launch = _import_page().launch
         launch(_load(checkpoint, options), uploads, _title(checkpoint), examples, options, auth)
     finally:
         shutil.rmtree(uploads, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _import_page() -> Any:
