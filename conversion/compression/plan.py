@@ -17,6 +17,7 @@ from torch import nn
 from ...configuration_internvl_chat import InternVLChatConfig
 from ...modeling_internvl_chat import InternVLChatModel
 from ...weights_internvl import holds_lora
+from ..expected import quantization_of
 from ..source import Source
 
 # In front of a whole layer name in the original layout, which vLLM, LMDeploy and SGLang use too.
@@ -139,13 +140,8 @@ def refuse_source(source: Source) -> None:
 
 def refuse_quantized(folder: object, values: Mapping[str, object]) -> None:
     """Raises `ValueError` if `values`, a `config.json`, is of a quantized checkpoint."""
-    parts = [values, *(values.get(name) or {} for name in ("llm_config", "text_config"))]
-    found = next(
-        (p["quantization_config"] for p in parts if isinstance(p, Mapping) and p.get("quantization_config")), None
-    )
-    if found is not None:
-        kind = found.get("quant_method") if isinstance(found, Mapping) else None
-        raise ValueError(f"{folder} is quantized already ({kind or 'unknown method'}): start from the full weights")
+    if kind := quantization_of(values):
+        raise ValueError(f"{folder} is quantized already ({kind}): start from the full weights")
 
 
 def check_arguments(method: str, rows: object, samples: int, max_length: int, group_size: int) -> None:
