@@ -8,6 +8,7 @@ RUN := $(BIN)/python -m
 DEMO_EXTRA ?= tiny
 # One thread for each of the workers: more only makes them wait for one another.
 WORKERS ?= 2
+SELECT ?=
 
 .PRECIOUS: $(VENV)/.installed-%
 .PHONY: help demo test test-lowest test-page lint typecheck tiny bench clean
@@ -19,11 +20,11 @@ demo: $(VENV)/.installed-$(DEMO_EXTRA)
 	$(RUN) internvl_hub.app.demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q -rs
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q -rs $(SELECT)
 
-# The same on the lowest supported versions, in an environment of their own.
+# The same on the lowest supported versions, in an environment of their own, without a few slow tests.
 test-lowest:
-	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	@$(MAKE) --no-print-directory test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt SELECT='-m "not newest"'
 
 # The page in a browser: needs Chromium on the machine, and an environment of its own, as Gradio wants an older Pillow.
 test-page:

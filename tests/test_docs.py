@@ -58,6 +58,7 @@ def _problems(folder: Path) -> None:
 PREPARE = {"training.md": _trained, "data.md": _problems}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, tmp_path: Path) -> None:
     path = ROOT / "docs" / page

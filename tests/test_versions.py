@@ -25,7 +25,7 @@ def test_both_environments_pin_the_same_packages(root: Path) -> None:
     pinned, lowest = _pins(root / "constraints.txt"), _pins(root / "constraints-lowest.txt")
     assert pinned.keys() == lowest.keys()
     older = {name for name in pinned if pinned[name] != lowest[name]}
-    assert older == {"accelerate", "huggingface_hub", "tokenizers", "transformers"}
+    assert older == {"accelerate", "huggingface_hub", "openai", "tokenizers", "transformers"}
 
 
 def test_lowest_transformers_is_the_one_required(root: Path) -> None:
@@ -51,18 +51,29 @@ def test_readme_shows_what_is_pinned(root: Path) -> None:
     assert rows.keys() >= {"torch", "transformers", "accelerate", "peft", "trl"} | differing
 
 
-@pytest.mark.parametrize("failing", ["test", "test-lowest", "none", "both"])
-def test_ci_runs_both_and_fails_if_either_does(failing: str, root: Path, tmp_path: Path) -> None:
-    """With a `make` that runs nothing, beside a copy of the script."""
+@pytest.mark.parametrize("browser", [False, True])
+@pytest.mark.parametrize("failing", ["test", "test-lowest", "test-page", "none", "both"])
+def test_ci_runs_everything_and_fails_if_something_does(
+    failing: str, browser: bool, root: Path, tmp_path: Path
+) -> None:
+    """With a `make` that runs nothing, beside a copy of the script; and a browser that there is or is not."""
+    targets = ["test-lowest", "test-page", "test"] if browser else ["test-lowest", "test"]
     (tmp_path / ".ci").mkdir()
     script = shutil.copy(root / ".ci" / "run", tmp_path / ".ci")
     make = tmp_path / "bin" / "make"
     make.parent.mkdir()
     make.write_text(MAKE, encoding="utf-8")
     make.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{make.parent}:{os.environ['PATH']}", "FAILING": failing}
+    for name in ("bash", "dirname", "mktemp", "rm", "tee", "grep", "tail", "cat", "env"):
+        (make.parent / name).symlink_to(str(shutil.which(name)))
+    if browser:
+        (make.parent / "chromium").symlink_to("/bin/true")
+    environment = {**os.environ, "PATH": str(make.parent), "FAILING": failing}
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode == 0) == (failing == "none"), done.stderr
-    results = ["1 failed, 6 passed" if failing in (name, "both") else "7 passed" for name in ("test-lowest", "test")]
-    expected = [f"summary of test-lowest: {results[0]} in 2s", f"summary: {results[1]} in 2s"]
-    assert done.stdout.splitlines()[-2:] == expected
+    assert (done.returncode == 0) == (failing not in (*targets, "both")), done.stderr
+    results = ["1 failed, 6 passed" if failing in (name, "both") else "7 passed" for name in targets]
+    expected = [
+        f"summary{'' if name == 'test' else f' of {name}'}: {result} in 2s"
+        for name, result in zip(targets, results, strict=True)
+    ]
+    assert done.stdout.splitlines()[-len(targets) :] == expected

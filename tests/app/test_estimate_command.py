@@ -43,6 +43,7 @@ def test_prints_json_in_bytes(tiny: str, capsys: pytest.CaptureFixture) -> None:
     assert content["peak"] == estimate(config, settings).peak
 
 
+@pytest.mark.newest
 def test_says_what_would_help(tiny: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     config, settings = resolve(tiny, ["training.freeze_llm=true"], tokens=128, tiles=1)
     monkeypatch.setattr(memory_advice, "suggestions", lambda *_: [("less of everything", estimate(config, settings))])

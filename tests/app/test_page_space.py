@@ -33,6 +33,7 @@ def test_space_has_what_it_needs(space: Path) -> None:
     assert not list(space.rglob("__pycache__"))
 
 
+@pytest.mark.newest
 def test_code_of_the_space_runs_from_its_folder(space: Path, tmp_path: Path) -> None:
     """All modules but the one that needs Gradio are imported, from the Space, and the model answers."""
     code = (

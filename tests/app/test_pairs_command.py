@@ -170,6 +170,7 @@ def test_the_server_is_an_engine(data: Path, monkeypatch: pytest.MonkeyPatch, ca
 # ------------------------------------------------------------------------------------------------------ the tiny model
 
 
+@pytest.mark.newest
 def test_the_tiny_model_from_questions_to_pairs(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

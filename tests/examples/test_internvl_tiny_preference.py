@@ -41,6 +41,7 @@ def test_other_questions_are_refused() -> None:
         compare({"words": [1.0, 0.0]}, [{"words": [1.0]}])
 
 
+@pytest.mark.newest
 def test_every_step_leaves_what_the_next_one_takes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     steps = ["training.max_steps=2", "training.logging_steps=1", "training.report_to=[]", "training.disable_tqdm=true"]
     sizes = ["--questions", "24", "--samples", "2", "--seeds", "1", "2"]

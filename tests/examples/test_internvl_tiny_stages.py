@@ -21,6 +21,7 @@ def _changed(before: Path, after: Path) -> set[str]:
     return {name.split(".")[0] for name, value in new.items() if not torch.equal(value, old[name])}
 
 
+@pytest.mark.newest
 def test_the_stages_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")

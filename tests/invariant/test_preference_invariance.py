@@ -169,6 +169,7 @@ def test_two_processes_equal_one(flags: list[str], tmp_path: Path) -> None:
         assert ranks["log"][step]["reward_shift"] == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.newest
 def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
     ranks = run_two_ranks(preference_runs.__file__, tmp_path / "ranks.pt", "1", "packed")
     options = {**runs.PACKED, "max_packed_tokens": 900, "dataset": preference_runs.pair_dataset()}
@@ -178,6 +179,7 @@ def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
     assert_same_run(ranks, trainer)
 
 
+@pytest.mark.newest
 def test_precomputed_on_two_processes_equals_a_copy_on_one(tmp_path: Path) -> None:
     ranks = run_two_ranks(preference_runs.__file__, tmp_path / "ranks.pt", "2", "precomputed")
     trainer = preference_runs.make_trainer(str(tmp_path), batch=4, move=0, dataset=preference_runs.pair_dataset())

@@ -14,6 +14,7 @@ from internvl_hub.tests.conftest import ROOT
 SECTION = re.compile(r"## Learn from preferences.*?```console\n(.*?)```", re.DOTALL)
 
 
+@pytest.mark.newest
 def test_the_commands_follow_one_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -128,6 +128,7 @@ def test_push_loads_back_and_compares(hub: HubServer, api: HfApi, capsys: pytest
     assert any(path.startswith(f"/user/tiny/resolve/{commit}/model.safetensors") for _, path in hub.requests)
 
 
+@pytest.mark.newest
 def test_other_weights_on_the_hub_are_noticed(
     hub: HubServer, api: HfApi, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -777,7 +777,7 @@ def test_addresses_are_fetched_where_allowed(loaded: tuple[Any, Any]) -> None:
 @SERVER
 def test_the_evaluators_engine(address: str, loaded: tuple[Any, Any]) -> None:
     engine = ServerEngine(address, retries=0)
-    assert (engine.name, engine.kind) == ("tiny", "other")
+    assert (engine.name, engine.kind) == ("tiny", "internvl")
     requests = [Request(f"<image>\n{question}", images=(EXAMPLES / file,)) for file, question in TURNS[:4]]
     answers = engine.sample(requests, Sampling(max_new_tokens=64))
     assert [row[0].text for row in answers] == [chat(loaded, [file], question) for file, question in TURNS[:4]]

@@ -486,6 +486,7 @@ SMALL_BUFFERS = {
 
 
 @needs_peft
+@pytest.mark.newest
 @pytest.mark.parametrize("small_buffers", [True, False])
 def test_suggestions_help_and_can_be_run(small_buffers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small_buffers:

@@ -219,6 +219,7 @@ def test_skipped_pairs_are_counted_and_left_out(tmp_path: Path) -> None:
     assert evaluation["eval_loss"] == pytest.approx(clean["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.newest
 def test_answers_are_generated_and_compared_with_the_chosen_ones(tmp_path: Path) -> None:
     rows = preference_runs.pair_dataset(8)
     trainer = preference_runs.make_trainer(
