@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-$(DEMO_EXTRA)
 	$(RUN) internvl_hub.app.demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q -rs $(SELECT)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -q -rfEs $(SELECT)
 
 # The same on the lowest supported versions, in an environment of their own, without a few slow tests.
 test-lowest:
@@ -29,7 +29,7 @@ test-lowest:
 # The page in a browser: needs Chromium on the machine, and an environment of its own, as Gradio wants an older Pillow.
 test-page:
 	@$(MAKE) --no-print-directory .venv-page/.installed-page VENV=.venv-page CONSTRAINTS=constraints-page.txt
-	OMP_NUM_THREADS=1 .venv-page/bin/python -m pytest tests/browser -q -rs
+	OMP_NUM_THREADS=1 .venv-page/bin/python -m pytest tests/browser -q -rfEs
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

@@ -124,9 +124,9 @@ def segment_indices(
         start = max(start, round(frame_at(low, fps, timestamps)))
         end = end if high == np.inf else min(end, round(frame_at(high, fps, timestamps)))
     if not 0 <= start <= end:
+        asked = f"first_index={first_index}" if bound is None else f"the clip from {bound[0]:g} to {bound[1]:g} s"
         raise ValueError(
-            f"bound={bound} and first_index={first_index} give the frames {start} to {end} of a video of {frames}; "
-            "choose them inside the video"
+            f"{asked} would be frames {start} to {end} of a video of {frames}; choose them inside the video"
         )
     part = (end - start) / segments
     return (start + part / 2 + np.round(part * np.arange(segments))).astype(np.int64)
@@ -154,7 +154,8 @@ def frames_within(tokens: int, tokens_per_frame: int = 256, label_tokens: int = 
     fitting = tokens // (tokens_per_frame + label_tokens)
     if fitting < 1:
         raise ValueError(
-            f"tokens={tokens} cannot hold one frame of {tokens_per_frame} + {label_tokens} tokens; raise the limit"
+            f"a budget of {tokens} tokens cannot hold one frame of {tokens_per_frame} + {label_tokens} tokens; "
+            "raise the limit"
         )
     return fitting
 

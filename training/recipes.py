@@ -66,7 +66,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
         path: A file, or the name of a bundled recipe such as `internvl2_5/8b_stage2`.
         overrides: `section.field=value`; the value is YAML. `field=value` does if one section has such a field, and
             `model.config.llm_config.hidden_size=64` reaches into a dictionary. Dictionaries merge, all else replaces.
-            `preference={}` adds that section with its defaults, `preference=null` takes it away.
+            `preference={}` adds that section with its defaults, `preference=null` takes it away. A number of epochs
+            takes the place of the recipe's number of steps.
         world_size: Number of processes that share a global batch; None for `WORLD_SIZE` of the environment, else 1.
 
     Raises:
@@ -75,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     file = find_recipe(path)
     name, settings = _name(file), _read(file, ())
     for override in overrides:
-        settings = _merged(settings, parse_override(override))
+        settings = _over(settings, parse_override(override))
     settings.setdefault("training", {}).setdefault("output_dir", f"runs/{name}")
     values: dict[str, Any] = {
         key: copy.deepcopy(settings.get(key, None if key in OPTIONAL else {})) for key in SECTIONS
@@ -133,7 +134,15 @@ def _read(file: Path, chain: tuple[Path, ...]) -> Settings:
     settings: Settings = {}
     for item in extends:
         settings = _merged(settings, _read(find_recipe(item, file.parent), (*chain, file)))
-    return _merged(settings, checked_settings(content, str(file)))
+    return _over(settings, checked_settings(content, str(file)))
+
+
+def _over(below: Settings, above: Settings) -> Settings:
+    """`above` over `below`; a number of epochs replaces a number of steps below it, which would win in silence."""
+    training = above.get("training") or {}
+    if "num_train_epochs" in training and "max_steps" not in training and "max_steps" in below.get("training", {}):
+        below = _merged(below, {"training": {"max_steps": -1}})
+    return _merged(below, above)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:

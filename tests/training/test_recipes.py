@@ -496,6 +496,22 @@ def test_overrides_win_in_order(tmp_path: Path) -> None:
     assert (recipe.data.meta_path, recipe.training.optim_args) == (None, "a=1,b=2")
 
 
+def test_epochs_replace_the_steps_below_them(tmp_path: Path) -> None:
+    """transformers trains `max_steps` if both are given."""
+
+    def limits(path: Path, *overrides: str) -> tuple[int, float]:
+        training = load_recipe(path, overrides).training
+        return training.max_steps, training.num_train_epochs
+
+    base = _recipe(tmp_path, "training: {max_steps: 50}", name="base.yaml")
+    own = _recipe(tmp_path, "extends: base.yaml\ntraining: {num_train_epochs: 2}", name="own.yaml")
+    assert limits(base) == (50, 3.0) and limits(own) == (-1, 2.0)
+    assert limits(base, "num_train_epochs=4") == (-1, 4.0)
+    assert limits(base, "training.num_train_epochs=4", "max_steps=7") == (7, 4.0)
+    both = _recipe(tmp_path, "training: {max_steps: 9, num_train_epochs: 1}", name="both.yaml")
+    assert limits(both) == (9, 1.0)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
