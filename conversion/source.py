@@ -52,9 +52,9 @@ class Source:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text without its full stop."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    """The first line of an error's text without its full stop, and the second if a colon announces it."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")
 
 
 def told(error: Exception) -> str:

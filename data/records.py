@@ -182,12 +182,12 @@ def _with_missing_placeholder(record: Record) -> Record:
 def _messages(turns: list[dict[str, Any]], where: str) -> tuple[Message, ...]:
     messages = tuple(_message(turn["from"], turn["value"]) for turn in turns)
     spoken = [message.speaker for message in messages]
-    talk = spoken[1:] if spoken[0] == "system" else spoken
+    talk = spoken[1:] if spoken[:1] == ["system"] else spoken
     if spoken != ["pretrain"] and (not talk or len(talk) % 2 or talk != ["human", "gpt"] * (len(talk) // 2)):
         raise RecordError(
             where,
             "turns must be human and gpt in turn and end with gpt (system only first), or be one pretrain turn; got "
-            + ", ".join(spoken),
+            + (", ".join(spoken) or "none"),
         )
     return messages
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ...checkpoint_internvl import CheckpointError
+from ..source import one_line
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MMPROJ, TEXT = "mmproj", "text"
@@ -128,8 +129,7 @@ def open_gguf(paths: Iterable[str | Path]) -> dict[str, GgufModel]:
         try:
             reader = package.GGUFReader(path)
         except Exception as error:  # noqa: BLE001 (numpy, struct and gguf each raise their own for a damaged file)
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} is no readable GGUF file ({line}): convert again.") from None
+            raise CheckpointError(f"{path} is no readable GGUF file ({one_line(error)}): convert again.") from None
         kind = _kind(reader)
         found.setdefault(kind, GgufModel(kind)).add(path, reader)
     return found

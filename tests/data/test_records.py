@@ -57,6 +57,7 @@ def test_several_images() -> None:
         ({"conversations": turns("Q")}, "end with gpt"),
         ({"conversations": turns("Q", "A")[::-1]}, "human and gpt in turn"),
         ({"conversations": turns(system="S")}, "human and gpt in turn"),
+        ({"conversation": []}, "human and gpt in turn .* got none"),
         ({"image": "a.png", "conversations": turns("<image><image>Q", "A")}, "2 <image> for 1 image"),
         ({"image": ["a", "b"], "conversations": turns("Q", "A")}, "0 <image> for 2 image"),
         ({"conversations": turns("<image>Q", "A")}, "1 <image> for 0 image"),
