@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _END = "\x1e"  # between what two blocks print
+_PRELOADED = ["internvl_hub.training.trainer", "internvl_hub.modeling_internvl_chat", "internvl_hub.app.cli"]
 LOAD = """
 from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained("build/internvl-tiny", trust_remote_code=True).eval()
@@ -52,10 +54,17 @@ def _to_run(page: Path) -> list[re.Match[str]]:
 
 
 def _as_python(commands: str) -> str:
-    programs = {"internvl": [sys.executable, "-m", "internvl_hub.app.cli"], "python": [sys.executable]}
-    lines = [shlex.split(line, comments=True) for line in commands.replace("\\\n", " ").splitlines()]
-    calls = [f"subprocess.run({[*programs[line[0]], *line[1:]]}, check=True)" for line in lines if line]
-    return "\n".join(["import subprocess", *calls])
+    """`internvl` is called in the process of the page; other programs are run."""
+    code = []
+    for line in commands.replace("\\\n", " ").splitlines():
+        match shlex.split(line, comments=True):
+            case ["internvl", *arguments]:
+                code += ["from internvl_hub.app.cli import main", f"assert main({arguments}) == 0"]
+            case ["python", *arguments]:
+                code += ["import subprocess", f"subprocess.run({[sys.executable, *arguments]}, check=True)"]
+            case [program, *_]:
+                raise ValueError(f"{program} is no program that the tests run")
+    return "\n".join(code)
 
 
 def prepare_workplace(root: Path, folder: Path) -> None:
@@ -94,8 +103,11 @@ def prepare_workplace(root: Path, folder: Path) -> None:
         (folder / name).write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
 
 
-def run_blocks(blocks: list[str], folder: Path, **environment: str) -> str:
-    """Runs blocks one after the other in one clean interpreter; returns what they print.
+def run_blocks(blocks: list[str], folder: Path) -> str:
+    """Runs blocks one after the other in one process of their own; returns what they print.
+
+    The process is forked from one that has imported the libraries, which most pages spend longer on than on anything
+    they show.
 
     Raises:
         AssertionError: they fail; the message has the end of the traceback.
@@ -103,10 +115,33 @@ def run_blocks(blocks: list[str], folder: Path, **environment: str) -> str:
     script = folder / "page.py"
     # Data loaders of examples start processes, which import the script again.
     script.write_text(importable("\n".join(blocks)), encoding="utf-8")
-    settings = {**os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", **environment}
-    done = subprocess.run([sys.executable, script], cwd=folder, env=settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):
+        context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_run_script, args=(script,))
+    process.start()
+    process.join()
+    printed, errors = (_stream(script, name).read_text(encoding="utf-8") for name in ("out", "err"))
+    assert process.exitcode == 0, errors[-3000:]
+    return printed
+
+
+def _stream(script: Path, name: str) -> Path:
+    return script.with_name(f"{script.stem}.{name}")
+
+
+def _run_script(script: Path) -> None:
+    """What the process does: output goes to files, as commands among the blocks may write to it too."""
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    os.chdir(script.parent)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as in a program of its own
+    sys.argv, sys.path[0] = [str(script)], str(script.parent)
+    for number, name in ((1, "out"), (2, "err")):
+        with _stream(script, name).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
+    runpy.run_path(str(script), run_name="__main__")
+    sys.stdout.flush()
 
 
 def printed_by(blocks: list[str], folder: Path) -> list[str]:

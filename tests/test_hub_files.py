@@ -8,6 +8,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ CLOSURE = _closure()
 each_file = pytest.mark.parametrize("path", CLOSURE, ids=lambda path: path.name)
 
 
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -68,6 +70,7 @@ def test_no_import_of_the_package_or_of_type_checking(path: Path) -> None:
     assert not {module for module in modules if module.split(".")[0] == "internvl_hub"}
 
 
+@cache
 def _config_classes() -> set[str]:
     nodes = [node for path in CLOSURE for node in ast.walk(_tree(path))]
     return {node.name for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Config")}
