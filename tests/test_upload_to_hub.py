@@ -529,6 +529,7 @@ def test_last_error_of_an_interpreter() -> None:
     assert upload.last_error("") == "it was ended from outside"
 
 
+@pytest.mark.newest
 def test_verification_says_one_line(checkpoint: Path, code_root: Path, tmp_path: Path) -> None:
     gather(checkpoint, tmp_path / "out", code_root=code_root)
     with pytest.raises(VerificationError, match="does not load on its own: .*Error: ") as caught:
@@ -583,12 +584,19 @@ def test_model_card_code_runs(gathered: Path, tmp_path: Path) -> None:
     _run_card(blocks, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["internlm2-internlm2_chat", "llama-hermes2-vit6b", "phi3-phi3_chat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "internlm2-internlm2_chat",
+        *(pytest.param(name, marks=pytest.mark.newest) for name in ("llama-hermes2-vit6b", "phi3-phi3_chat")),
+    ],
+)
 def test_other_backends_load_on_their_own(name: str, tmp_path: Path) -> None:
     gather(CHAT / name, tmp_path / name)
     assert upload.verify(tmp_path / name).startswith("ok: InternVLChatModel InternVLProcessor")
 
 
+@pytest.mark.newest
 def test_verify_reports_a_folder_that_leans_on_missing_code(gathered: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(gathered, broken)
@@ -651,7 +659,7 @@ def test_encoder_without_preprocessing_is_refused(encoder: Path, tmp_path: Path)
         gather(encoder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["qwen2-internvl2_5", "llama-hermes2-vit6b"])
+@pytest.mark.parametrize("name", [pytest.param("qwen2-internvl2_5", marks=pytest.mark.newest), "llama-hermes2-vit6b"])
 def test_encoder_computes_the_same_on_its_own(name: str, tmp_path: Path) -> None:
     """Both flavours, in a process where only the folder has the code, against the encoder inside the chat model."""
     gather(extract_encoder(CHAT / name, tmp_path / "extracted"), tmp_path / "vit")
@@ -667,6 +675,7 @@ def test_encoder_computes_the_same_on_its_own(name: str, tmp_path: Path) -> None
     assert torch.equal(load_file(tmp_path / "features.safetensors")["features"], own)
 
 
+@pytest.mark.newest
 def test_encoder_is_verified(gathered_encoder: Path, tmp_path: Path) -> None:
     assert upload.verify(gathered_encoder).startswith("ok: InternVisionModel CLIPImageProcessor")
     broken = shutil.copytree(gathered_encoder, tmp_path / "broken")
@@ -678,6 +687,7 @@ def test_encoder_is_verified(gathered_encoder: Path, tmp_path: Path) -> None:
         upload.verify(broken)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("repository", ["", "someone/else--"])
 def test_own_image_processor_of_an_encoder_travels(repository: str, encoder: Path, tmp_path: Path) -> None:
     """As for features of stretched tiles, which chat models see."""
@@ -699,6 +709,7 @@ def test_encoder_card_holds_metadata(gathered_encoder: Path) -> None:
         assert line in text
 
 
+@pytest.mark.newest
 def test_encoder_card_code_runs(gathered_encoder: Path, tmp_path: Path) -> None:
     (block,) = _card_code(gathered_encoder)
     _run_card([runnable(block)], tmp_path)

@@ -465,6 +465,7 @@ def test_long_images_are_cropped_or_stretched(width: int, height: int, encoder_f
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
+@pytest.mark.newest
 def test_documentation_runs(tmp_path: Path) -> None:
     """The Python blocks of docs/vision_encoders.md, in order, beside the repository's checkpoint and images."""
     text = (ROOT / "docs" / "vision_encoders.md").read_text(encoding="utf-8")

@@ -57,6 +57,7 @@ def test_rounding(tmp_path: Path, rows: int, repeat: float, expected: int) -> No
     assert len(data.epoch_rows(0)) == expected + 1
 
 
+@pytest.mark.newest
 def test_subset_depends_on_seed_and_name_alone(tmp_path: Path) -> None:
     data = mixture(tmp_path, [200, 200], [0.5, 0.5])
     first = data.epoch_rows(0)

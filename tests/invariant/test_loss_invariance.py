@@ -64,6 +64,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert ranks["eval_loss"] == pytest.approx(trainer.evaluate(tiny.dataset(count=5))["eval_loss"], rel=2e-5)
 
 
+@pytest.mark.newest
 def test_packs_on_two_processes_equal_one(tmp_path: Path) -> None:
     """The plan of two ranks is that of two micro-batches."""
     ranks = run_two_ranks(runs.__file__, tmp_path / "ranks.pt", "1", "packed")

@@ -145,6 +145,7 @@ def test_other_weights_on_the_hub_are_noticed(
     assert "internvl push: user/tiny at " in capsys.readouterr().err
 
 
+@pytest.mark.newest
 def test_native_copy_holds_the_same_weights(
     hub: HubServer, api: HfApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_native_copy_holds_the_same_weights(
     assert max(total) - min(total) < 1e-6 * max(total)
 
 
+@pytest.mark.newest
 def test_native_copy_loads_by_name_and_revision_without_our_code(
     hub: HubServer, api: HfApi, picture: Path, tmp_path: Path
 ) -> None:

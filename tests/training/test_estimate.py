@@ -182,6 +182,7 @@ def test_is_what_a_real_step_takes(case: str) -> None:
     assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("supervised", [None, 20])
 def test_is_what_a_real_step_takes_where_the_loss_is_in_chunks(
     supervised: int | None, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +203,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("case", PAIRS)
 def test_is_what_a_real_step_on_pairs_takes(case: str) -> None:
     config, chosen = small_config(), settings(pairs=True, **PAIRS[case])
@@ -228,6 +230,7 @@ def test_a_reference_is_what_the_model_cannot_share() -> None:
     assert reference(**shared, sharding="fsdp") == pytest.approx(every / 4 + buffers, abs=8)
 
 
+@pytest.mark.newest
 @needs_peft
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_is_what_a_real_step_with_lora_takes(checkpointing: bool) -> None:
@@ -236,6 +239,7 @@ def test_is_what_a_real_step_with_lora_takes(checkpointing: bool) -> None:
     assert estimate(config, chosen, cuda=False).peak == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "changes",
     [
@@ -400,6 +404,7 @@ def peak(**changes: Any) -> int:
     return estimate(small_config(), settings(**changes)).peak
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("less", "more"),
     [

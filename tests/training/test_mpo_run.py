@@ -88,6 +88,7 @@ def test_a_run_leaves_a_checkpoint_and_a_report_of_its_rewards(tmp_path: Path) -
     assert not all(torch.equal(value, start[name]) for name, value in trained.items())
 
 
+@pytest.mark.newest
 def test_a_resumed_run_is_compared_with_the_same_reference(tmp_path: Path) -> None:
     whole = train(_recipe("tiny/mpo", tmp_path / "a"))
     recipe = _recipe("tiny/mpo", tmp_path / "b")
@@ -124,6 +125,7 @@ def test_adapters_are_compared_with_the_model_below_them(tmp_path: Path) -> None
     assert "the model without its adapters" in (output / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.newest
 def test_a_reference_can_be_precomputed_or_another_checkpoint(tmp_path: Path) -> None:
     cache = tmp_path / "values"
     precomputed = ["preference.precompute_reference=true", f"preference.reference_cache={cache}"]

@@ -17,6 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_two_ranks(preference_sharded_run.__file__, tmp_path_factory.mktemp("sharding") / "ranks.pt")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", list(preference_sharded_run.OPTIONS))
 def test_a_sharded_step_equals_one_process(kind: str, ranks: dict[str, Any], tmp_path: Path) -> None:
     trainer = preference_runs.make_trainer(str(tmp_path), **preference_sharded_run.OPTIONS[kind])
