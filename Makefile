@@ -55,9 +55,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that its pinned build is settled before anything that depends on it is resolved.
-# Setuptools prints a banner of advice for every editable install; it tells the reader nothing. Modules are compiled when
-# they are first imported: most never are.
-PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+# Setuptools prints a banner of advice for every editable install; it tells the reader nothing.
+PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 $(VENV)/.torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
