@@ -60,9 +60,11 @@ class InternVLDecodingMixin:
             done = _cached(input_ids, kwargs.get("past_key_values"), self.img_context_token_id)
             embeds = None if done else self.embed_prompt(input_ids, visual_features=visual_features, **images)
             kwargs["inputs_embeds"] = embeds
-            drafting = getattr(generation_config, "is_assistant", False)
-            if drafting or hasattr(kwargs.get("assistant_model"), "embed_prompt"):  # draft models look for themselves
+            drafting, draft = getattr(generation_config, "is_assistant", False), kwargs.get("assistant_model")
+            if drafting or hasattr(draft, "embed_prompt"):  # draft models look for themselves
                 kwargs |= {name: value for name, value in images.items() if value is not None}
+            if hasattr(draft, "embed_prompt") and draft.img_context_token_id is None:
+                draft.img_context_token_id = self.img_context_token_id  # released checkpoints leave it to `chat`
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}

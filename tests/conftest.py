@@ -1,4 +1,7 @@
-"""What every test shares: paths, one seed, no network, and a private cache of remote code."""
+"""What every test shares: paths, one seed, no network, and a private cache of remote code.
+
+Tests never import this module: that would run it again and make a second cache.
+"""
 
 import atexit
 import os

@@ -135,7 +135,8 @@ def _run_script(script: Path) -> None:
     os.environ |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     os.chdir(script.parent)
     multiprocessing.set_start_method(None, force=True)  # the platform's, as in a program of its own
-    sys.argv, sys.path[0] = [str(script)], str(script.parent)
+    sys.argv = [str(script)]
+    sys.path.insert(0, str(script.parent))
     for number, name in ((1, "out"), (2, "err")):
         with _stream(script, name).open("wb") as file:
             os.dup2(file.fileno(), number)

@@ -22,9 +22,9 @@ from internvl_hub.app import (
 )
 from internvl_hub.app.cli import build_parser
 from internvl_hub.publishing import command as push_command
-from internvl_hub.tests.conftest import ROOT
 from internvl_hub.training.recipes import find_recipe
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
 # What a page has said in words before its first block, or what its reader brings.
 BEFORE = {

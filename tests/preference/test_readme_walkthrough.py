@@ -9,7 +9,8 @@ import pytest
 
 from internvl_hub.app.cli import main
 from internvl_hub.examples.internvl_tiny.preference import write_questions
-from internvl_hub.tests.conftest import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SECTION = re.compile(r"## Learn from preferences.*?```console\n(.*?)```", re.DOTALL)
 

@@ -14,7 +14,6 @@ from transformers.utils import is_peft_available
 
 from internvl_hub.app.cli import main
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
-from internvl_hub.tests.conftest import ROOT
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.merging import merge_adapter_folder
 from internvl_hub.training.mpo import MPOTrainer
@@ -23,6 +22,8 @@ from internvl_hub.training.recipe_fields import RecipeError
 from internvl_hub.training.recipes import Recipe, load_recipe
 from internvl_hub.training.run import describe, prepare, train
 from internvl_hub.training.trainer import InternVLTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ROOT / "checkpoints" / "internvl-tiny"
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft")

@@ -15,12 +15,13 @@ from transformers import AutoModel, TrainerCallback
 
 from internvl_hub.app.cli import main
 from internvl_hub.modeling_internvl_chat import InternVLChatModel
-from internvl_hub.tests.conftest import ROOT
 from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.training.merging import merge_adapter_folder
 from internvl_hub.training.recipe_fields import RecipeError
 from internvl_hub.training.recipes import Recipe, load_recipe
 from internvl_hub.training.run import InterruptedRunError, prepare, train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _data(folder: Path, count: int = 20) -> list[str]:

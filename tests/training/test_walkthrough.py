@@ -11,7 +11,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from internvl_hub.app.cli import main
-from internvl_hub.tests.conftest import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _blocks(page: str, language: str) -> list[str]:
