@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,9 +18,11 @@ from versions import importable
 from internvl_hub.upload_to_hub import gather
 
 # A block that is run may be followed by what it prints, which then must be so; commands are run where they are marked.
+# One that needs what is not among the dependencies is run where that is installed.
 PRINTS, RUNS = "<!-- prints -->", "<!-- runs -->"
 BLOCK = re.compile(
-    rf"(?:(?P<skip><!-- not run: [^\n]*-->\n)?^```python\n(?P<code>.*?)|{RUNS}\n```console\n(?P<commands>.*?))^```$"
+    rf"(?:(?P<skip><!-- not run: [^\n]*-->\n)?(?:<!-- needs (?P<needs>[\w.]+) -->\n)?^```python\n(?P<code>.*?)"
+    rf"|{RUNS}\n```console\n(?P<commands>.*?))^```$"
     rf"(?:\n\n{PRINTS}\n```text\n(?P<prints>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -50,7 +53,15 @@ def prints_of(page: Path) -> list[str | None]:
 
 
 def _to_run(page: Path) -> list[re.Match[str]]:
-    return [match for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if not match["skip"]]
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [match for match in found if not match["skip"] and (match["needs"] is None or _installed(match["needs"]))]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _as_python(commands: str) -> str:

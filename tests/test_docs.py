@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from documentation import BLOCK, BUILD, LOAD, PRINTS, RUNS, blocks_of, prepare_workplace, printed_by, prints_of
+from PIL import Image
 
 from internvl_hub.app import (
     data_commands,
@@ -38,6 +39,12 @@ pairs = PreferenceDataset(
 )
 """,
     "evaluation.md": LOAD,
+    # The graph is made, and run without the C++ compiler; tests/ecosystem has more on compiled decoding.
+    "inference.md": """
+import torch
+compiled = torch.compile
+torch.compile = lambda function, **options: compiled(function, **{**options, "backend": "eager"})
+""",
     "preference_data.md": LOAD,
 }
 
@@ -55,7 +62,14 @@ def _problems(folder: Path) -> None:
     (folder / "problems.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
-PREPARE = {"training.md": _trained, "data.md": _problems}
+def _report(folder: Path) -> None:
+    """Two pictures as the pages of a PDF."""
+    names = ("number_4_wide", "number_3_tall")
+    first, second = (Image.open(folder / "examples" / "images" / f"{name}.png").convert("RGB") for name in names)
+    first.save(folder / "report.pdf", save_all=True, append_images=[second], resolution=200)
+
+
+PREPARE = {"training.md": _trained, "data.md": _problems, "guide_documents.md": _report}
 
 
 @pytest.mark.newest

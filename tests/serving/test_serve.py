@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from documentation import BLOCK
 from PIL import Image
 from tiny import CHAT, CHECKPOINTS, QWEN2
 from transformers import GenerationConfig
@@ -901,6 +902,20 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(timeout=20)
+
+
+@SERVER
+def test_the_page_shows_how_to_ask(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The block of docs/serving.md, with the port of this server."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (block,) = [found["code"] for found in BLOCK.finditer((ROOT / "docs" / "serving.md").read_text()) if found["skip"]]
+    with running(loaded, ServeSettings("internvl-tiny")) as address:
+        assert block.count("http://localhost:8000/v1") == 1
+        exec(compile(block.replace("http://localhost:8000/v1", address), "docs/serving.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out == "5433\n5433"
 
 
 @SERVER
