@@ -18,10 +18,11 @@ from versions import importable
 from internvl_hub.upload_to_hub import gather
 
 # A block that is run may be followed by what it prints, which then must be so; commands are run where they are marked.
-# One that needs what is not among the dependencies is run where that is installed.
+# One that needs what is not among the dependencies is run where that is installed; one that needs a server or files of
+# a kind that the pages do not make is run by the tests that have them.
 PRINTS, RUNS = "<!-- prints -->", "<!-- runs -->"
 BLOCK = re.compile(
-    rf"(?:(?P<skip><!-- not run: [^\n]*-->\n)?(?:<!-- needs (?P<needs>[\w.]+) -->\n)?^```python\n(?P<code>.*?)"
+    rf"(?:(?:<!-- run by (?P<elsewhere>[\w/.]+) -->\n)?(?:<!-- needs (?P<needs>[\w.]+) -->\n)?^```python\n(?P<code>.*?)"
     rf"|{RUNS}\n```console\n(?P<commands>.*?))^```$"
     rf"(?:\n\n{PRINTS}\n```text\n(?P<prints>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
@@ -52,9 +53,15 @@ def prints_of(page: Path) -> list[str | None]:
     return [match["prints"] for match in _to_run(page)]
 
 
+def block_run_by(tests: str, page: Path) -> str:
+    """The one block of a page that is marked as run by this file of tests (relative to the root)."""
+    (code,) = [match["code"] for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if match["elsewhere"] == tests]
+    return code
+
+
 def _to_run(page: Path) -> list[re.Match[str]]:
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [match for match in found if not match["skip"] and (match["needs"] is None or _installed(match["needs"]))]
+    return [match for match in found if not match["elsewhere"] and (match["needs"] is None or _installed(match["needs"]))]
 
 
 def _installed(module: str) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from documentation import block_run_by
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import CHAT, INTERNLM2, QWEN2, by_hand, chat_config
+from tiny import CHAT, INTERNLM2, QWEN2, by_hand, chat_config, llm_dict
 from torch import nn
 
 from internvl_hub.app.quantize_command import METHODS as OFFERED
@@ -29,6 +30,7 @@ from internvl_hub.tests.conversion.checkpoint_edits import edit
 from internvl_hub.training.vocabulary import load_own_tokenizer
 from internvl_hub.upload_to_hub import verify
 
+ROOT = Path(__file__).resolve().parents[2]
 DENSE = ("qwen2", "qwen3", "llama", "phi3", "internlm2", "mistral", "gemma2")
 EXPERTS = ("gpt_oss", "qwen3_moe")
 LLM = "language_model."
@@ -391,3 +393,20 @@ def test_overwriting_and_more_kept(source: Path, rows: Path, tmp_path: Path) -> 
     assert values["ignore"] == [*KEPT_PATTERNS, "re:.*down_proj"]
     assert f"{layer}.weight" in stored(tmp_path / "target")
     InternVLChatModel.from_pretrained(tmp_path / "target")
+
+
+@FULL
+def test_the_page_shows_one_call(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The block of docs/compression.md, with a model whose layers the default groups of 128 divide."""
+    monkeypatch.chdir(tmp_path)
+    _, processor = loaded(source)
+    wide = llm_dict("qwen2", hidden_size=128, intermediate_size=256)
+    InternVLChatModel(chat_config(llm_config=wide)).save_pretrained("my-model")
+    processor.save_pretrained("my-model")
+    write_rows(tmp_path / "images").rename("train.jsonl")
+    block = block_run_by("tests/conversion/test_compression.py", ROOT / "docs" / "compression.md")
+    exec(compile(block, "docs/compression.md", "exec"), {})  # noqa: S102
+    assert "14 linear layers" in capsys.readouterr().out
+    InternVLChatModel.from_pretrained("my-model-awq")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documentation import block_run_by
 from safetensors.torch import load_file, save_file
 from tiny import CHAT, INTERNLM2, LLAMA, QWEN2, chat_config
 from transformers import AutoTokenizer
@@ -662,6 +663,19 @@ def test_command_with_files(folder: Path, files: list[Path], tmp_path: Path, cap
     drop("mm.model.mlp.0.bias")(contents)
     assert gguf_main([str(folder), str(contents.write(tmp_path / "c.gguf"))]) == 1
     assert "mm.model.mlp.0.bias" in capsys.readouterr().out
+
+
+def test_the_page_shows_the_check(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second block of docs/gguf.md."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "my-model")
+    (tmp_path / "gguf").mkdir()
+    text(folder, "qwen2").write(tmp_path / "gguf" / "my-model-f16.gguf", "f16")
+    mmproj(folder).write(tmp_path / "gguf" / "mmproj-my-model-f16.gguf", "f16")
+    block = block_run_by("tests/conversion/test_gguf_check.py", ROOT / "docs" / "gguf.md")
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/gguf.md", "exec"), names)  # noqa: S102
+    assert [finding.level for finding in names["findings"]] == ["ok"] * 4
 
 
 def test_command_converts(exportable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

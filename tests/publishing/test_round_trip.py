@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documentation import block_run_by
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from PIL import Image
@@ -70,13 +71,19 @@ def picture() -> Path:
 
 def _load(revision: str, picture: Path, home: Path, **environment: str) -> list:
     """What a fresh interpreter with a cache in `home` answers: (answer, mark of the code, module)."""
+    printed = _fresh_interpreter(LOADED, "user/tiny", revision, str(picture), home=home, **environment)
+    return json.loads(printed.splitlines()[-1])
+
+
+def _fresh_interpreter(code: str, *arguments: str, home: Path, **environment: str) -> str:
+    """Runs code in the folder `home / "work"` with a cache in `home`; returns what it prints."""
     (home / "work").mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     variables = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", LOADED, "user/tiny", revision, str(picture)]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=home / "work", env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def _local_answer(folder: Path, picture: Path) -> str:
@@ -118,6 +125,16 @@ def test_a_tag_loads_its_code_and_weights_for_good_and_offline(
     assert len(hub.requests) == requests
     answer, mark, module = _load(second.commit, picture, tmp_path / "home", **online)
     assert (answer, mark) == (_local_answer(checkpoint, picture), 2) and second.commit in module
+
+
+@pytest.mark.newest
+def test_the_guide_loads_what_it_published(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+    """The block of docs/guide_finetune.md, by somebody who has no installation of ours."""
+    push(TINY, "user/stamps", api=api)
+    block = block_run_by("tests/publishing/test_round_trip.py", ROOT / "docs" / "guide_finetune.md")
+    code = f'import sys\nsys.modules["internvl_hub"] = None\n{block}\nprint(model.name_or_path, processor.num_image_token)'
+    printed = _fresh_interpreter(code, home=tmp_path / "home", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN)
+    assert printed.splitlines()[-1] == "user/stamps 16"
 
 
 def test_push_loads_back_and_compares(hub: HubServer, api: HfApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,14 +192,12 @@ def test_native_copy_loads_by_name_and_revision_without_our_code(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    environment = {**kept, **home, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-c", NATIVE, "user/tiny-hf", first, "main"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "logits.safetensors")
+    work = tmp_path / "home" / "work"
+    work.mkdir(parents=True)
+    save_file(inputs, work / "inputs.safetensors")
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
+    _fresh_interpreter(NATIVE, "user/tiny-hf", first, "main", home=tmp_path / "home", **online)
+    found = load_file(work / "logits.safetensors")
     for revision, checkpoint in ((first, TINY), ("main", other)):
         with torch.no_grad():
             expected = InternVLChatModel.from_pretrained(checkpoint).eval()(**inputs).logits

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import torch
-from documentation import BLOCK
+from documentation import block_run_by
 from PIL import Image
 from tiny import CHAT, CHECKPOINTS, QWEN2
 from transformers import GenerationConfig
@@ -911,7 +911,7 @@ def test_the_page_shows_how_to_ask(
     """The block of docs/serving.md, with the port of this server."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    (block,) = [found["code"] for found in BLOCK.finditer((ROOT / "docs" / "serving.md").read_text()) if found["skip"]]
+    block = block_run_by("tests/serving/test_serve.py", ROOT / "docs" / "serving.md")
     with running(loaded, ServeSettings("internvl-tiny")) as address:
         assert block.count("http://localhost:8000/v1") == 1
         exec(compile(block.replace("http://localhost:8000/v1", address), "docs/serving.md", "exec"), {})  # noqa: S102
