@@ -70,6 +70,8 @@ class InternVLDecodingMixin:
         kwargs |= {"generation_config": generation_config, "attention_mask": attention_mask}
         if kwargs.get("inputs_embeds") is not None and option(self, kwargs, "prefill_chunk_size"):
             raise ValueError("prefill_chunk_size cuts token ids alone: leave it out for prompts with images.")
+        if isinstance(kwargs.get("cache_config"), dict):  # transformers 5.11 takes the caller's own apart
+            kwargs["cache_config"] = dict(kwargs["cache_config"])
         with without_checkpointing(self):
             return super().generate(**(prefill_once(self, kwargs) if shares_prompt(self, kwargs) else kwargs))
 

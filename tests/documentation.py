@@ -22,7 +22,8 @@ from internvl_hub.upload_to_hub import gather
 # a kind that the pages do not make is run by the tests that have them.
 PRINTS, RUNS = "<!-- prints -->", "<!-- runs -->"
 BLOCK = re.compile(
-    rf"(?:(?:<!-- run by (?P<elsewhere>[\w/.]+) -->\n)?(?:<!-- needs (?P<needs>[\w.]+) -->\n)?^```python\n(?P<code>.*?)"
+    rf"(?:(?:<!-- run by (?P<elsewhere>[\w/.]+) -->\n)?(?:<!-- needs (?P<needs>[\w.]+) -->\n)?"
+    r"^```python\n(?P<code>.*?)"
     rf"|{RUNS}\n```console\n(?P<commands>.*?))^```$"
     rf"(?:\n\n{PRINTS}\n```text\n(?P<prints>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
@@ -55,13 +56,14 @@ def prints_of(page: Path) -> list[str | None]:
 
 def block_run_by(tests: str, page: Path) -> str:
     """The one block of a page that is marked as run by this file of tests (relative to the root)."""
-    (code,) = [match["code"] for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if match["elsewhere"] == tests]
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    (code,) = [match["code"] for match in found if match["elsewhere"] == tests]
     return code
 
 
 def _to_run(page: Path) -> list[re.Match[str]]:
-    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [match for match in found if not match["elsewhere"] and (match["needs"] is None or _installed(match["needs"]))]
+    here = [match for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if not match["elsewhere"]]
+    return [match for match in here if match["needs"] is None or _installed(match["needs"])]
 
 
 def _installed(module: str) -> bool:

@@ -78,6 +78,7 @@ def same(left: Features, right: Features) -> bool:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_rows_are_read_as_their_data_set_says(folder: Path) -> None:
     dataset = make(folder)
     maker = FeatureMaker(tiny.tokenizer(), tiny.image_processor(), tiny.config())

@@ -129,6 +129,7 @@ FILMS = {
 # --- films -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", list(FILMS))
 def test_any_frames_equal_those_of_decoding_everything(kind: str, tmp_path: Path) -> None:
     path = FILMS[kind](tmp_path)

@@ -61,6 +61,7 @@ def _inputs(processor: Any, image: Path, question: str) -> dict[str, torch.Tenso
 def test_eight_bit_cache_changes_no_answer(cache: dict[str, Any], parts: tuple[Any, Any], root: Path) -> None:
     _needs(cache)
     model, processor = parts
+    before = dict(cache)
     for image, question in _questions(root)[:4]:
         inputs = _inputs(processor, image, question)
         made = model.generate(
@@ -68,6 +69,7 @@ def test_eight_bit_cache_changes_no_answer(cache: dict[str, Any], parts: tuple[A
         )
         assert isinstance(made.past_key_values, QuantizedCache)
         assert torch.equal(made.sequences, model.generate(**inputs, **GREEDY))
+        assert cache == before, "the caller's dictionary is left alone"
 
 
 @pytest.mark.parametrize("cache", [FP8, EIGHT, FOUR], ids=["fp8", "hqq-8bit", "quanto-4bit"])

@@ -296,6 +296,7 @@ for _name in _PUBLISHED:
     _BY_RELEASE.setdefault(_release(_name) or "InternVL2-40B", []).append(_name)  # 1.5's 40B has 2.0's shape
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("release", sorted(_BY_RELEASE))
 def test_what_is_trained(release: str) -> None:
     """On the released shape at full size; LoRA on two layers, once per kind of language model."""

@@ -16,6 +16,8 @@ from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.tests.training.two_ranks import run_two_ranks
 from internvl_hub.training.evaluation import label_weight
 
+pytestmark = pytest.mark.newest  # torch's, which is the same there
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
