@@ -55,7 +55,6 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that its pinned build is settled before anything that depends on it is resolved.
-# xgrammar, which one page shows, goes without triton: a gigabyte, for its GPU kernels alone.
 # Setuptools prints a banner of advice for every editable install; it tells the reader nothing.
 PIP := PYTHONWARNINGS=ignore $(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -66,6 +65,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	@$(PIP) "setuptools>=77" wheel torch
 	@touch $@
 
+# xgrammar, which one page shows, goes without triton: a gigabyte, for its GPU kernels alone.
 $(VENV)/.installed-%: $(VENV)/.torch pyproject.toml
 	@echo "Installing internvl-hub with its $* extra."
 	@$(PIP) -e ".[$*]"

@@ -142,3 +142,8 @@ def test_commands_are_understood(command: str) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 25
+
+
+def test_there_are_blocks() -> None:
+    count = {page: len(blocks_of(ROOT / "docs" / page)) for page in PAGES}
+    assert count["vision_encoders.md"] >= 5 and sum(count.values()) > 80

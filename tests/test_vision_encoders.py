@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from tiny import CHAT, LLAMA, PHI3, QWEN2, assert_same, expected, load, vision_6b_dict, vision_dict
 from transformers import PretrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see versions.py
-from versions import runnable
 
 from internvl_hub.configuration_intern_vit import InternVisionConfig
 from internvl_hub.image_processing_internvl import InternVLImageProcessor
@@ -460,20 +458,3 @@ def test_long_images_are_cropped_or_stretched(width: int, height: int, encoder_f
     whole = image.resize((56, 56), Image.Resampling.BICUBIC)
     torch.testing.assert_close(stretched, _normalised(whole), rtol=0, atol=1e-5)
     assert (cropped - stretched).abs().max() > 0.1
-
-
-# ------------------------------------------------------------------------------------------------------- documentation
-
-
-@pytest.mark.newest
-def test_documentation_runs(tmp_path: Path) -> None:
-    """The Python blocks of docs/vision_encoders.md, in order, beside the repository's checkpoint and images."""
-    text = (ROOT / "docs" / "vision_encoders.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 5
-    for name in ("checkpoints", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", runnable("\n".join(blocks))]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

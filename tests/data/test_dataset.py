@@ -120,6 +120,5 @@ def test_errors_of_workers_keep_their_type() -> None:
         list(loader)
 
 
-@pytest.mark.newest
 def test_iteration_ends() -> None:
     assert len(list(tiny.dataset(count=3))) == 3

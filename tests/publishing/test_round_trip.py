@@ -28,7 +28,6 @@ TINY = ROOT / "checkpoints" / "internvl-tiny"
 QUESTION = "<image>\nWhich number is in the picture?"
 LOADED = """
 import json, sys
-sys.modules["internvl_hub"] = None
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 repo, revision, picture = sys.argv[1:]
@@ -41,9 +40,7 @@ print(json.dumps(found))
 """.replace("QUESTION", repr(QUESTION))
 
 NATIVE = """
-import sys
-sys.modules["internvl_hub"] = None
-import torch
+import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 repo, *revisions = sys.argv[1:]
@@ -76,11 +73,11 @@ def _load(revision: str, picture: Path, home: Path, **environment: str) -> list:
 
 
 def _fresh_interpreter(code: str, *arguments: str, home: Path, **environment: str) -> str:
-    """Runs code in the folder `home / "work"` with a cache in `home`; returns what it prints."""
+    """Runs code without this package in the folder `home / "work"`, with a cache in `home`; returns what it prints."""
     (home / "work").mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     variables = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", f'import sys\nsys.modules["internvl_hub"] = None\n{code}', *arguments]
     done = subprocess.run(command, cwd=home / "work", env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -132,10 +129,9 @@ def test_the_guide_loads_what_it_published(hub: HubServer, api: HfApi, tmp_path:
     """The block of docs/guide_finetune.md, by somebody who has no installation of ours."""
     push(TINY, "user/stamps", api=api)
     block = block_run_by("tests/publishing/test_round_trip.py", ROOT / "docs" / "guide_finetune.md")
-    hidden = 'import sys\nsys.modules["internvl_hub"] = None\n'
     shown = "\nprint(model.name_or_path, processor.num_image_token)"
     online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
-    printed = _fresh_interpreter(hidden + block + shown, home=tmp_path / "home", **online)
+    printed = _fresh_interpreter(block + shown, home=tmp_path / "home", **online)
     assert printed.splitlines()[-1] == "user/stamps 16"
 
 

@@ -174,7 +174,6 @@ REAL = {
 }  # fmt: skip
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("case", REAL)
 def test_is_what_a_real_step_takes(case: str) -> None:
     model_type, changes = REAL[case]

@@ -16,20 +16,20 @@ from internvl_hub.tests.training import tiny_models as tiny
 from internvl_hub.tests.training.two_ranks import run_two_ranks
 from internvl_hub.training.evaluation import label_weight
 
-pytestmark = pytest.mark.newest  # torch's, which is the same there
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_two_ranks(sharded_run.__file__, tmp_path_factory.mktemp("sharding") / "ranks.pt")
 
 
+@pytest.mark.newest
 def test_every_parameter_is_sharded(ranks: dict[str, Any]) -> None:
     assert ranks["sharded"].keys() == dict(tiny.model().named_parameters()).keys()
     for name, (whole, local) in ranks["sharded"].items():
         assert local[0] == -(-whole[0] // 2) and local[1:] == whole[1:], name
 
 
+@pytest.mark.newest
 def test_sharded_training_equals_one_process(ranks: dict[str, Any]) -> None:
     """Against plain torch on the rows of both ranks, one after the other."""
     model, losses = tiny.model().train(), []
@@ -47,6 +47,7 @@ def test_sharded_training_equals_one_process(ranks: dict[str, Any]) -> None:
         torch.testing.assert_close(ranks["weights"][name], value, rtol=0, atol=2e-6)
 
 
+@pytest.mark.newest
 def test_bf16_rounds_label_weights_unless_they_are_a_list(ranks: dict[str, Any]) -> None:
     """Why the trainer passes a list: 1.001953125 is 1.0 in bfloat16."""
     low = ranks["bf16"]
